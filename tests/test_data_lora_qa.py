@@ -4,13 +4,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 import pytest
-
-try: from lora_nb.data import right_answer
-except ImportError:
-    def right_answer(answer, terms):
-        norm = lambda s: re.sub(r'\s+', ' ', s.lower().replace('-', ' ')).strip()
-        has = lambda t: re.search(rf'(?<!\w){re.escape(norm(t))}(?!\w)', norm(answer))
-        return all(any(has(t) for t in term.split('|')) for term in terms)
+from lora_nb.data import right_answer
 
 PATH = Path(__file__).parent.parent/'nbs'/'data'/'lora_qa.jsonl'
 LINES = PATH.read_text(encoding='utf-8').splitlines()

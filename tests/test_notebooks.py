@@ -1,0 +1,33 @@
+"Every api notebook runs from start to end, and what is committed is what they export."
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+API = sorted((ROOT/'nbs/api').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', API, ids=lambda p: p.stem)
+def test_api_notebook_runs(path):
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=300, resources={'metadata': {'path': str(path.parent)}}).execute()
+
+
+@pytest.mark.parametrize('path', API, ids=lambda p: p.stem)
+def test_api_notebooks_are_committed_without_outputs(path):
+    assert not [c for c in nbformat.read(path, as_version=4).cells if c.get('outputs')]
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs/tutorials').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_tutorials_are_committed_with_outputs_and_without_errors(path):
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
+    outputs = [o for c in code for o in c.outputs]
+    assert outputs and not [o for o in outputs if o.output_type == 'error']
+
+
+def test_exported_cells_are_short():
+    long = {f'{p.stem}: {c.source.splitlines()[1]}': n for p in API for c in nbformat.read(p, as_version=4).cells
+            if c.cell_type == 'code' and c.source.startswith('#| export') and (n := len(c.source.splitlines())) > 55}
+    assert not long

@@ -1,0 +1,73 @@
+"settings.ini is the only place for version and requirements; a wheel carries the tutorials; imports never point down."
+import ast
+import configparser
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ini = configparser.ConfigParser(delimiters=['='])
+ini.read(ROOT/'settings.ini')
+CFG = ini['DEFAULT']
+name_of = lambda r: re.split('[<>=]', r)[0]
+
+
+def test_every_direct_requirement_has_a_tested_version():
+    pinned = {name_of(line) for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith('#')}
+    assert pinned == {name_of(r) for r in (CFG['requirements']+' '+CFG['dev_requirements']).split()}
+
+
+def test_the_tested_versions_are_the_installed_ones():
+    from importlib.metadata import version
+    pins = dict(line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith('#'))
+    assert {n: version(n).split('+')[0] for n in pins} == pins
+
+
+def test_version_stands_in_one_place():
+    import lora_nb
+    assert lora_nb.__version__ == CFG['version']
+    assert CFG['version'] not in (ROOT/'setup.py').read_text()+(ROOT/'pyproject.toml').read_text()
+
+
+ORDER = ['codebook', 'quantize', 'linear4bit', 'lora', 'adapter', 'models', 'data', 'loss', 'trainer', 'spectra', 'memory', 'widgets', 'all', 'cli']
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'lora_nb').rglob('*.py')), ids=lambda p: p.stem)
+def test_an_import_never_points_down_the_table(path):
+    parts = path.relative_to(ROOT/'lora_nb').with_suffix('').parts
+    if parts[0].startswith('_'): return
+    rank = ORDER.index(parts[0])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = list(parts[:-node.level]) + (node.module or '').split('.')
+            tops = [base[0]] if base[0] else [a.name for a in node.names]
+            assert all(ORDER.index(t) <= rank for t in tops), (path.name, tops)
+
+
+def test_the_package_imports_neither_peft_nor_nbdev_nor_fastcore():
+    code = "import sys, lora_nb.all, lora_nb.cli; print([m for m in ('peft', 'nbdev', 'fastcore', 'execnb', 'trl', 'matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd='/')
+    assert out.stdout.strip() == '[]'
+
+
+def test_a_wheel_carries_tutorials_and_data_and_its_command(tmp_path):
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)], check=True)
+    wheel, = tmp_path.glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {'lora_nb/_nbs/tutorials/01_live_qlora.ipynb', 'lora_nb/_nbs/data/lora_qa.jsonl', 'lora_nb/trainer.py', 'lora_nb/widgets/live_run.py'} <= set(names)
+    site = tmp_path/'site'
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', str(site), str(wheel)], check=True)
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from lora_nb import cli; print(cli.__file__); print(len(cli.copy_tutorials({str(tmp_path/'mine')!r})))"
+    out = subprocess.run([sys.executable, '-P', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+    assert out[0].startswith(str(site)) and int(out[1]) > 1 and (tmp_path/'mine/tutorials/01_live_qlora.ipynb').exists()
+
+
+def test_copying_the_tutorials_never_overwrites(tmp_path):
+    from lora_nb.cli import copy_tutorials
+    first = copy_tutorials(tmp_path)
+    first[0].write_text('mine')
+    assert not copy_tutorials(tmp_path) and first[0].read_text() == 'mine'

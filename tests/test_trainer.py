@@ -1,0 +1,212 @@
+"The run: its loss is a plain loop's, its buttons work, and nothing is lost when it ends."
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import counting, tiny_llama
+
+from lora_nb.adapter import add_lora
+from lora_nb.data import batch_order, collate
+from lora_nb.trainer import NonFiniteLoss, Run, Trainer
+
+
+def trainer(tmp_path, seed=0, dropout=0., **settings):
+    model = tiny_llama(seed)
+    add_lora(model, r=8, alpha=16, dropout=dropout)
+    return Trainer(model, counting(), out=tmp_path/'run', **{'lr': 1e-2, 'epochs': 3, **settings})
+
+
+def until(condition, seconds=20):
+    end = time.time()+seconds
+    while not condition():
+        assert time.time() < end, 'waited too long'
+        time.sleep(.005)
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'linear'])
+def test_fifty_steps_are_those_of_a_plain_peft_loop(tmp_path, schedule):
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import get_scheduler
+    t = trainer(tmp_path, epochs=8, schedule=schedule, weight_decay=.1)
+    start = {k: v.clone() for k, v in t.adapter.state_dict().items()}
+    peer = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear'))
+    assert not set_peft_model_state_dict(peer, start).unexpected_keys
+    data, params = counting(), [p for p in peer.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=1e-2, weight_decay=.1)
+    sched = get_scheduler(schedule, opt, round(.05*56), 56)
+    losses = []
+    for epoch in range(8):
+        for idx in batch_order([len(s) for s in data.train], 8, epoch=epoch):
+            b = collate([data.train[i] for i in idx])
+            loss = peer(**b).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.)
+            opt.step(), sched.step(), opt.zero_grad()
+            losses.append(loss.item())
+    run = t.fit()
+    assert run.total_steps == 56
+    assert run.log.loss.tolist() == pytest.approx(losses, abs=1e-4)
+
+
+def test_start_returns_before_the_work_is_done(tmp_path):
+    run = trainer(tmp_path, epochs=40).start()
+    assert run.state == 'running' and not run._done.is_set()
+    until(lambda: run.step > 2)
+    run.stop()
+    assert run.wait(False).state == 'stopped'
+
+
+def test_pause_holds_and_resume_goes_on(tmp_path):
+    run = trainer(tmp_path, epochs=60).start()
+    until(lambda: run.step > 1)
+    run.pause()
+    until(lambda: run.state == 'paused')
+    at = run.step
+    time.sleep(.4)
+    assert run.step == at
+    run.resume()
+    until(lambda: run.step > at+1)
+    run.stop()
+    run.wait(False)
+
+
+def test_stop_while_paused_ends_it(tmp_path):
+    run = trainer(tmp_path, epochs=60).start()
+    run.pause()
+    until(lambda: run.state == 'paused')
+    run.stop()
+    assert run.wait(False).state == 'stopped' and run.checkpoint.exists()
+
+
+def test_an_interrupt_stops_with_a_checkpoint(tmp_path):
+    run = trainer(tmp_path, epochs=400).start()
+    until(lambda: run.step > 2)
+    threading.Timer(.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt): run.wait(False)
+    assert run.state == 'stopped' and (run.checkpoint/'adapter_model.safetensors').exists()
+
+
+def test_events_on_disk_are_those_in_memory(tmp_path):
+    run = trainer(tmp_path).fit()
+    assert [json.loads(line) for line in (run.out/'events.jsonl').read_text().splitlines()] == run.events
+    assert [e['step'] for e in run.events if e['kind'] == 'step'] == list(range(1, run.total_steps+1))
+
+
+@pytest.mark.parametrize('dropout,accum', [(0., 1), (.1, 1), (.1, 2)])
+def test_a_resumed_run_is_the_uncut_run(tmp_path, dropout, accum):
+    whole = trainer(tmp_path, dropout=dropout, accum=accum).fit()
+    t = trainer(tmp_path, dropout=dropout, accum=accum)
+    cut = Run(t, tmp_path/'cut')
+    cut.subscribe(lambda e: e['kind'] == 'step' and e['step'] == 5 and cut.stop())
+    t._work(cut)
+    assert cut.state == 'stopped' and cut.step == 5
+    model = tiny_llama()
+    add_lora(model, r=8, alpha=16, dropout=dropout)
+    rest = Trainer.resume(cut.checkpoint, model, counting()).fit()
+    assert cut.log.loss.tolist()+rest.log.loss.tolist() == whole.log.loss.tolist()
+
+
+def test_resume_refuses_other_data(tmp_path):
+    run = trainer(tmp_path, epochs=1).fit()
+    model = tiny_llama()
+    add_lora(model, r=8, alpha=16)
+    with pytest.raises(ValueError, match='56 samples, data has 32'): Trainer.resume(run.checkpoint, model, counting(n=40))
+
+
+def test_an_older_run_is_never_overwritten(tmp_path):
+    a, b = trainer(tmp_path, epochs=1).fit(), trainer(tmp_path, epochs=1).fit()
+    assert (a.out.name, b.out.name) == ('run', 'run-2') and (a.checkpoint/'run.json').exists()
+
+
+@pytest.mark.parametrize('bad', [dict(lr=0), dict(lr=math.nan), dict(epochs=0), dict(batch_size=0), dict(accum=1.5), dict(warmup=1.), dict(schedule='cos'),
+                                 dict(clip=-1), dict(eval_every=0), dict(weight_decay=-.1)])
+def test_bad_settings_name_themselves(tmp_path, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))): trainer(tmp_path, **bad)
+    assert not (tmp_path/'run').exists()
+
+
+def test_an_unknown_setting_lists_the_known(tmp_path):
+    with pytest.raises(TypeError, match='learning_rate.*batch_size'): trainer(tmp_path, learning_rate=1e-3)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    t = trainer(tmp_path)
+    run = Run(t, tmp_path/'nan')
+
+    def poison(e):
+        if e['kind'] == 'step' and e['step'] == 3:
+            with torch.no_grad(): next(iter(t.adapter.parameters())).fill_(math.nan)
+    run.subscribe(poison)
+    t._work(run)
+    with pytest.raises(NonFiniteLoss, match=r'step 4; its samples are rows \['): run.wait(False)
+    assert run.state == 'failed' and run.events[-1] == {**run.events[-1], 'kind': 'state', 'state': 'failed'}
+
+
+def test_a_subscriber_or_probe_that_raises_does_not_end_the_run(tmp_path):
+    t = trainer(tmp_path)
+    run = Run(t, tmp_path/'r')
+    run.subscribe(lambda e: 1/0)
+    run.probe(lambda r: 1/0, every=0)
+    t._work(run)
+    assert run.state == 'finished' and sum(e['kind'] == 'warning' for e in run.events) == 2
+
+
+def test_probes_run_in_the_worker_and_their_tensors_are_not_kept(tmp_path):
+    seen, threads = [], set()
+
+    def look(r):
+        threads.add(threading.current_thread().name)
+        return dict(kind='copy', A=next(iter(r.adapter.parameters())).detach().clone())
+    t = trainer(tmp_path)
+    run = Run(t, tmp_path/'r')
+    run.probe(look, every=0)
+    run.subscribe(lambda e: e['kind'] == 'copy' and seen.append(e))
+    run._thread = threading.Thread(target=t._work, args=(run,), name='worker')
+    run._thread.start()
+    run.wait(False)
+    assert threads == {'worker'} and len(seen) >= run.total_steps and not any(e['kind'] == 'copy' for e in run.events)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    run = t.fit()
+    before = {p.name: p.read_bytes() for p in run.checkpoint.iterdir()}
+
+    def full(*a, **k): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('lora_nb.trainer.save_file', full)
+    with pytest.raises(OSError): t._checkpoint(run)
+    assert {p.name: p.read_bytes() for p in run.checkpoint.iterdir()} == before
+    assert not [p for p in run.out.iterdir() if p.name.startswith('.')]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    a, b = trainer(tmp_path, epochs=1).fit(), trainer(tmp_path, epochs=1, checkpointing=True).fit()
+    assert a.log.loss.tolist() == pytest.approx(b.log.loss.tolist(), abs=1e-6)
+
+
+def test_fp16_on_the_cpu_is_refused(tmp_path):
+    model = tiny_llama().half()
+    add_lora(model, r=4, alpha=8)
+    with pytest.raises(ValueError, match='fp16'): Trainer(model, counting(), out=tmp_path/'x')
+
+
+def test_bf16_trains(tmp_path):
+    model = tiny_llama().bfloat16()
+    add_lora(model, r=8, alpha=16)
+    run = Trainer(model, counting(), out=tmp_path/'x', lr=1e-2, epochs=4).fit()
+    assert run.log.loss.iloc[-1] < run.log.loss.iloc[0]*.7
+    assert {p.dtype for p in run.adapter.parameters()} == {torch.float32}
+
+
+def test_evaluation_is_the_token_mean_of_the_models_own_loss(tmp_path):
+    t = trainer(tmp_path, batch_size=3)
+    for i, s in enumerate(t.data.val): s.labels[:1+i] = [-100]*(1+i)
+    t.model.eval()
+    rows = [t.model(**collate([s])).loss.item()*s.n_labels for s in t.data.val]
+    assert t.evaluate() == pytest.approx(sum(rows)/sum(s.n_labels for s in t.data.val), rel=1e-5)
