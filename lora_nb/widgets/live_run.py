@@ -9,9 +9,9 @@ __all__ = ['MEMORY', 'STATES', 'LIVE', 'of_kind', 'loss_frame', 'rates_frame', '
            'fill_memory', 'samples_html', 'asker', 'status_text', 'trouble_text', 'still_html', 'LiveRun', 'refresh',
            'watched', 'close', 'figure', 'data']
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #2e53a154
+# %% ../../nbs/api/12_widgets_live_run.ipynb #919c592f
 import asyncio, difflib, threading, time
-import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go
+import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
 from IPython.display import display, update_display
 from ..memory import held
@@ -19,7 +19,7 @@ from ..spectra import effective_rank, singular_values
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, picture,
                                   seconds_text, seconds_unit, shrink, still_lines, still_table, style_sheet, thin)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #f97beae1
+# %% ../../nbs/api/12_widgets_live_run.ipynb #0945f8b8
 def of_kind(events, kind:str)->list:
     "The events of one kind, in the order in which they came."
     return [e for e in list(events) if e['kind']==kind]
@@ -37,7 +37,7 @@ def rates_frame(events)->pd.DataFrame:
     cols = ('lr','tokens_per_s','grad_norm')
     return pd.DataFrame({c:[e.get(c, float('nan')) for e in steps] for c in cols}, index=pd.Index([e['step'] for e in steps], name='step'), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #b3bc002f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #64d92ccd
 def smooth(
     y,              # (n,) values
     weight:float=.9 # of the past
@@ -58,11 +58,11 @@ def time_left(
     if len(steps)<2: return None
     return float(np.median(np.diff([e['time'] for e in steps])))*max(0, total_steps-steps[-1]['step'])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #53e48d02
+# %% ../../nbs/api/12_widgets_live_run.ipynb #70129dd6
 def matrices(
     adapter,   # an Adapter
     layer:str  # a key of `adapter.layers`
-)->dict:       # layer, A (r, in), B (out, r) as float32 arrays, s: (r,) singular values of ΔW, descending
+)->dict:       # layer, A (r, in), B (out, r) as float32 arrays, s: (r,) singular values of ΔW, descending (NaN where A or B is not finite)
     "Copies of one layer's factors, and the spectrum of its update. `KeyError` with the nearest names for an unknown layer."
     if layer not in adapter.layers:
         near = difflib.get_close_matches(layer, adapter.layers, 3, 0) or list(adapter.layers)[:3]
@@ -70,7 +70,8 @@ def matrices(
     module,name = adapter.layers[layer],adapter.name
     A,B = (p[name].detach().float().cpu().clone() for p in (module.A, module.B))
     f = module.factors(name) if hasattr(module, 'factors') else (A, B)
-    s = singular_values(*(t.float().cpu() for t in f), module.scaling[name])
+    whole = all(t.isfinite().all() for t in f)
+    s = singular_values(*(t.float().cpu() for t in f), module.scaling[name]) if whole else [float('nan')]*len(f[0])
     return dict(layer=layer, A=A.numpy(), B=B.numpy(), s=[float(v) for v in s])
 
 def spectrum_frame(
@@ -82,7 +83,7 @@ def spectrum_frame(
     width = max((len(e['s']) for e in seen), default=0)
     return pd.DataFrame([e['s'] for e in seen], index=pd.Index([e['step'] for e in seen], name='step'), columns=range(1, width+1), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #52047ffa
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8900d5b0
 MEMORY = {'base weights':'base', 'adapter':'adapter', 'gradients':'gradients', 'optimizer':'optimizer', 'activations and rest':'rest'}
 
 def memory_now(run)->dict:
@@ -101,7 +102,7 @@ def sample_frame(events)->pd.DataFrame:
     cols = ['step','question','base','adapter']
     return pd.DataFrame([{c:e.get(c, '') for c in cols} for e in newest.values()], columns=cols)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #f8678d74
+# %% ../../nbs/api/12_widgets_live_run.ipynb #5f7dc50f
 def loss_picture():
     line = partial(go.Scatter, x=[], y=[], mode='lines')
     return picture([line(name='training, each step', line=dict(color=COLOUR['adapter'], width=1), opacity=.35, hoverinfo='skip'),
@@ -136,7 +137,7 @@ def fill_rates(fig, events):
         trace.x,trace.y = np.array([e['step'] for e in steps], dtype=float)[keep],y[keep]
     return f"{steps[-1]['lr']:.2e} · {np.median([e['tokens_per_s'] for e in steps[-10:]]):,.0f} tokens/s" if steps else ''
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #ec1d640f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #55c91a3c
 def spectrum_picture():
     return picture([go.Bar(name='now', x=[], y=[], marker_color=COLOUR['adapter']),
                     go.Scatter(name='first seen', x=[], y=[], mode='markers', marker=dict(color=COLOUR['base'], symbol='line-ew-open', size=9))],
@@ -149,6 +150,7 @@ def fill_spectrum(fig, frame, row:int=-1):
         return 'not seen yet'
     s,x = frame.iloc[row].to_numpy(dtype=float),np.arange(1, frame.shape[1]+1)
     for trace,y in zip(fig.data, (s, frame.iloc[0].to_numpy(dtype=float))): trace.x,trace.y = x,y
+    if not np.isfinite(s).all(): return f'step {frame.index[row]} · ΔW is not finite'
     rank = f'effective rank {float(effective_rank(torch.tensor(s))):.1f} of {len(s)}' if s.any() else 'ΔW is zero'
     return f'step {frame.index[row]} · {rank}'
 
@@ -168,11 +170,11 @@ def fill_matrices(fig, seen):
     if not seen: return 'not seen yet'
     for trace,M in zip(fig.data, (seen['A'], seen['B'].T)):
         z = shrink(M)
-        most = float(np.abs(z).max()) or 1.
+        most = float(np.nanmax(np.abs(z), initial=0)) or 1.
         trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(int), y=np.arange(1, len(z)+1))
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #be4f41ff
+# %% ../../nbs/api/12_widgets_live_run.ipynb #244db733
 def memory_picture():
     return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c])) for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
 
@@ -197,7 +199,7 @@ def samples_html(events)->str:
     body = ''.join(f'<tr><td>{as_text(r.question)}</td><td>{as_text(r.base)}</td><td>{as_text(r.adapter)}\n<span class="lnb-quiet">step {r.step}</span></td></tr>' for r in frame.itertuples())
     return f'<table>{head}{body}</table>'
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #373c5a0c
+# %% ../../nbs/api/12_widgets_live_run.ipynb #fe0e3d26
 def asker(
     questions, # what to ask, again and again
     ask        # ask(model, tok, question) -> answer
@@ -217,7 +219,7 @@ def asker(
         finally: run.model.train(was)
     return probe
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #6b51817b
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8b616f75
 STATES = dict(running='▶ running', paused='⏸ paused', stopped='⏹ stopped', finished='✔ finished', failed='✖ failed')
 LIVE = 'running','paused'
 
@@ -255,7 +257,7 @@ def still_html(run)->str:
     return ''.join([f'<p><b>{STATES.get(run.state, as_text(run.state))}</b> {as_text(status_text(run, events))}</p>', f'<pre>{as_text(trouble)}</pre>' if trouble else '',
                     still_lines(curves, 'step', 'loss (nats per token)'), still_table(rows), still_table(samples)])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #48b5366d
+# %% ../../nbs/api/12_widgets_live_run.ipynb #22435b1e
 class LiveRun(widgets.VBox):
     "A run's curves, spectrum, matrices, memory, samples and controls, live while it trains; its whole history when it is over."
     PICTURES = dict(loss=loss_picture, rates=rates_picture, spectrum=spectrum_picture, matrices=matrices_picture, memory=memory_picture)
@@ -282,7 +284,7 @@ class LiveRun(widgets.VBox):
         self._off = [run.subscribe(self._happened)] + ([run.while_waiting(self._waiting)] if hasattr(run, 'while_waiting') else [])
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #f2e2803b
+# %% ../../nbs/api/12_widgets_live_run.ipynb #020e160c
 def _build(self:LiveRun):
     self.figures = {name:make() for name,make in self.PICTURES.items()}
     self.watcher = Watcher(self._wake)
@@ -303,7 +305,7 @@ def _build(self:LiveRun):
     self._grid = grid(*(panel(self._heads[n], *extra.get(n, []), f) for n,f in self.figures.items()), panel(widgets.HTML(heading('Answers')), self._samples, wide=True))
 LiveRun._build = _build
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #70d3fbe6
+# %% ../../nbs/api/12_widgets_live_run.ipynb #c7bd0223
 def _news(self:LiveRun)->set:
     "Sort the events that came since the last call; returns their kinds."
     new = self.run.events[self._read:]
@@ -346,7 +348,7 @@ def _draw_state(self:LiveRun):
         if self.buttons[name].disabled!=off: self.buttons[name].disabled = off
 LiveRun._draw_state = _draw_state
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #bcb7c165
+# %% ../../nbs/api/12_widgets_live_run.ipynb #59f8dfab
 def refresh(self:LiveRun, everything=False)->LiveRun:
     "Draw what is new (or everything), now, in this thread."
     with self._lock:
@@ -376,7 +378,7 @@ def _stale_spectrum(self:LiveRun):
     return was!=self._drawn
 LiveRun._stale_spectrum = _stale_spectrum
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #962cb3c6
+# %% ../../nbs/api/12_widgets_live_run.ipynb #4dab33df
 def _happened(self:LiveRun, event):
     self._dirty = True
     self._wake()
@@ -409,7 +411,7 @@ def watched(self:LiveRun)->bool:
     return not self._closed and (self.watcher.last is not None or self._shown is not None) and self.watcher.seen()
 LiveRun.watched = watched
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #4f50bbb5
+# %% ../../nbs/api/12_widgets_live_run.ipynb #ab266599
 def _look(self:LiveRun, run):
     "The probe: keeps the copies of A and B here and publishes the small part."
     if self.layer is None: return None
@@ -439,7 +441,9 @@ def _last_look(self:LiveRun):
     if getattr(self.run, 'adapter', None) is None: return
     self._news()
     at = dict(step=self.run.step, time=self.run.events[-1]['time'] if self.run.events else 0.)
-    for event in (self._look(self.run), memory_now(self.run)):
+    for look in (self._look, memory_now):
+        try: event = look(self.run)
+        except Exception as e: event = dict(kind='warning', text=f'The last look at the run failed. {type(e).__name__}: {e}')
         if event: self._events.setdefault(event['kind'], []).append({**event, **at})
 LiveRun._last_look = _last_look
 
@@ -451,7 +455,7 @@ def _end(self:LiveRun):
     if self._shown: update_display(self._bundle(), raw=True, display_id=self._shown)
 LiveRun._end = _end
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #b1dade10
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8c468d8e
 def _press(self:LiveRun, name, _):
     getattr(self.run, name)()
     for b in (self.buttons.values() if name=='stop' else [self.buttons[name]]): b.disabled = True
@@ -468,7 +472,7 @@ def _chosen(self:LiveRun, change):
 LiveRun._chosen = _chosen
 
 def _bundle(self:LiveRun):
-    return {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.model_id), 'text/html': still_html(self.run), 'text/plain': f'LiveRun, {self.run.state}: {status_text(self.run)}'}
+    return {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.model_id), 'text/html': still_html(self.run), 'text/plain': repr(self)}
 LiveRun._bundle = _bundle
 
 def _ipython_display_(self:LiveRun):
@@ -478,6 +482,8 @@ def _ipython_display_(self:LiveRun):
         display(self._bundle(), raw=True, display_id=self._shown)
     self._watch()
 LiveRun._ipython_display_ = _ipython_display_
+
+LiveRun.__repr__ = lambda self: f'LiveRun, {self.run.state}: {status_text(self.run)}'
 
 def close(self:LiveRun):
     "Take the widget off the page and stop listening; the run goes on."
@@ -491,7 +497,7 @@ def close(self:LiveRun):
     super(LiveRun, self).close()
 LiveRun.close = close
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #b7e5b71c
+# %% ../../nbs/api/12_widgets_live_run.ipynb #bf829c8b
 def _known(name, names):
     if name not in names: raise KeyError(f"{name!r}: expected one of {', '.join(map(repr, names))}")
     return name
@@ -500,7 +506,7 @@ def figure(self:LiveRun, name:str)->go.Figure:
     "A copy of one picture: 'loss', 'rates', 'spectrum', 'matrices' or 'memory'."
     _known(name, self.figures)
     self.refresh()
-    return go.Figure(self.figures[name].to_dict())
+    return go.Figure(self.figures[name])
 LiveRun.figure = figure
 
 def data(self:LiveRun, name:str)->pd.DataFrame:

@@ -7,20 +7,20 @@ __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text'
            'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'Watcher',
            'answer_while_busy', 'still_lines', 'still_table']
 
-# %% ../../nbs/api/12_widgets_look.ipynb #92e37250
+# %% ../../nbs/api/12_widgets_look.ipynb #26aced30
 import html, time
 import anywidget, ipywidgets as widgets, numpy as np, plotly.graph_objects as go
 from copy import deepcopy
 from plotly.basewidget import BaseFigureWidget
 from traitlets import Unicode, default
 
-# %% ../../nbs/api/12_widgets_look.ipynb #2059c951
+# %% ../../nbs/api/12_widgets_look.ipynb #e7162ca7
 COLOUR = dict(base='#808080', adapter='#1f83c4', heldout='#d55e00', A='#b2639a', B='#b87a00', quantised='#009373',
               gradients='#8a6fd1', optimizer='#a5713d', rest='#6f8494')
 
 DIVERGING = [[0,'rgb(5,90,160)'], [.25,'rgba(50,140,200,.75)'], [.5,'rgba(128,128,128,.06)'], [.75,'rgba(225,125,30,.75)'], [1,'rgb(190,70,0)']]
 
-# %% ../../nbs/api/12_widgets_look.ipynb #ea85e26d
+# %% ../../nbs/api/12_widgets_look.ipynb #a2f6cb63
 _hidden = {c: f'\\u{c:04x}' for c in [*range(0x80,0xa0), 0x61c, 0x200b, 0x200e, 0x200f, *range(0x202a,0x202f), *range(0x2066,0x206a), 0xfeff]}
 _hidden |= {c: chr(0x2400+c) for c in range(32) if chr(c) not in '\n\t'} | {0x7f: '\u2421'}
 
@@ -33,7 +33,7 @@ def as_text(
     more = f'\u2026 ({len(s)-limit:,} more characters)' if len(s)>limit else ''
     return html.escape(s[:limit].translate(_hidden)) + more
 
-# %% ../../nbs/api/12_widgets_look.ipynb #ec419d68
+# %% ../../nbs/api/12_widgets_look.ipynb #3a9b1401
 def bytes_unit(
     most:float # the greatest number of bytes to show
 )->tuple:      # (divisor, unit's name)
@@ -60,7 +60,7 @@ def seconds_unit(
     "The unit for a time axis that reaches `most` seconds."
     return (1,'s') if most<180 else (60,'min') if most<3*3600 else (3600,'h')
 
-# %% ../../nbs/api/12_widgets_look.ipynb #f36e141c
+# %% ../../nbs/api/12_widgets_look.ipynb #9013d84d
 def thin(
     y,           # (n,) values
     keep:int=1500 # points that are left, at most
@@ -85,7 +85,7 @@ def shrink(
         M = np.where(hi>=-lo, hi, lo)
     return M
 
-# %% ../../nbs/api/12_widgets_look.ipynb #491bc199
+# %% ../../nbs/api/12_widgets_look.ipynb #2eb2cfdc
 STYLE = '''<style>
 .lnb {color: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)); font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; overflow: hidden}
 .lnb .widget-html-content, .lnb .jupyter-widgets.widget-html-content {line-height: 1.45; color: inherit; white-space: normal}
@@ -107,7 +107,7 @@ def style_sheet()->widgets.HTML:
     "The style sheet as a widget: the first child of every widget of this package, whose box has the class `lnb`."
     return widgets.HTML(STYLE, layout=widgets.Layout(display='none'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #52975e25
+# %% ../../nbs/api/12_widgets_look.ipynb #60d6e51a
 class Library(anywidget.AnyWidget):
     "Plotly's widget program, sent to the page once and used by every `Picture` there."
     _esm = 'export default {render() {}}'
@@ -187,7 +187,7 @@ def grid(*panels)->widgets.GridBox:
     "Panels side by side, as many in a row as the page has room for."
     return widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, 400px), 1fr))', grid_gap='8px', width='100%'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #81e6bd88
+# %% ../../nbs/api/12_widgets_look.ipynb #c0dff4a8
 class Watcher(anywidget.AnyWidget):
     "Tells whether a page shows the box that it is in: `seen()`."
     _esm = """
@@ -236,13 +236,13 @@ export default {
         "Is the widget in view on some page?"
         return self.last is None or time.monotonic()-self.last<within
 
-# %% ../../nbs/api/12_widgets_look.ipynb #15d2a6be
+# %% ../../nbs/api/12_widgets_look.ipynb #630c3b87
 def answer_while_busy(*controls):
     "Let the page's messages for these widgets take the second thread that JupyterLab asks for, even while a cell runs."
     for control in controls:
         if hasattr(control.comm, '_reply_subshell_for'): control.comm._reply_subshell_for = lambda data, asked: asked
 
-# %% ../../nbs/api/12_widgets_look.ipynb #31ff51f7
+# %% ../../nbs/api/12_widgets_look.ipynb #897d143a
 def still_lines(
     curves:dict,          # name → (x, y, colour)
     x='', y='',           # axis titles
