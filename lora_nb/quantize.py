@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4', 'dynamic_map', 'QuantizedTensor', 'quantize']
 
-# %% ../nbs/api/02_quantize.ipynb #b8021ac0
+# %% ../nbs/api/02_quantize.ipynb #e20d14d3
 import ctypes, json, math, threading
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 import torch
 from .codebook import Codebook, nf4, fp4, int4
 
-# %% ../nbs/api/02_quantize.ipynb #8c406b59
+# %% ../nbs/api/02_quantize.ipynb #38b71486
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
@@ -33,7 +33,7 @@ class QuantConfig:
         scale = 8 + 32/NESTED_BLOCKSIZE if self.double else 32
         return 4 + scale/self.blocksize
 
-# %% ../nbs/api/02_quantize.ipynb #e6bf5bd1
+# %% ../nbs/api/02_quantize.ipynb #505d1f03
 def NF4(blocksize:int=64, double:bool=False)->QuantConfig:
     "4-bit NormalFloat. `double`: quantise the scales too."
     return QuantConfig(nf4, blocksize, double)
@@ -46,7 +46,7 @@ def INT4(blocksize:int=64, double:bool=False)->QuantConfig:
     "Symmetric 4-bit integers, -7 to 7 times absmax/7. `double`: quantise the scales too."
     return QuantConfig(int4, blocksize, double)
 
-# %% ../nbs/api/02_quantize.ipynb #996220a0
+# %% ../nbs/api/02_quantize.ipynb #d9e9b761
 @lru_cache(maxsize=256)
 def _bins(book, device):
     "Half the number of bins, borders below each bin (uint8), the border inside each bin (float32, 2 where none), codes by rank or None."
@@ -72,7 +72,7 @@ def _codes(
     code += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
     return code if rank is None else rank.index_select(0, code.to(torch.int32))
 
-# %% ../nbs/api/02_quantize.ipynb #b3e7425e
+# %% ../nbs/api/02_quantize.ipynb #198f7edf
 def _bad_weights(weight, name):
     n, inf = int(torch.isnan(weight).sum()), int(torch.isinf(weight).sum())
     return ValueError(f"{name or 'weight'} {tuple(weight.shape)}: {n} NaN and {inf} infinite of {weight.numel()} values. "
@@ -109,7 +109,7 @@ def _quantize_torch(
         _pack(_codes(x, book), packed[full*blocksize//2:])
     return packed, absmax
 
-# %% ../nbs/api/02_quantize.ipynb #d1b7481a
+# %% ../nbs/api/02_quantize.ipynb #22e03357
 @lru_cache(maxsize=8)
 def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, from -0.993 to 1
     "The signed dynamic 8-bit type (arXiv 1511.04561): decade i below 1 holds 2**(6-i) steps on each side of 0, and 0 and 1 are added."
@@ -119,29 +119,37 @@ def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, fr
         half += (10**(i-6)*((edges[:-1] + edges[1:])/2)).tolist()
     return torch.tensor(sorted(half + [-v for v in half] + [0., 1.]), dtype=torch.float32).to(device)
 
-# %% ../nbs/api/02_quantize.ipynb #12349cf4
+# %% ../nbs/api/02_quantize.ipynb #40d53979
+@lru_cache(maxsize=8)
+def _scale_cells(device):
+    "(65536,) uint8: the code of `dynamic_map` nearest to the middle of each cell of [-1, 1]."
+    table = dynamic_map()
+    middle = 2*torch.arange(65536, dtype=torch.float32)/65535 - 1
+    return torch.bucketize(middle, (table[1:]+table[:-1])*.5).to(torch.uint8).to(device)
+
 def _quantize_scales(
     scales:torch.Tensor # (n,) float32
 )->tuple:               # codes (n,) uint8, nested absmax (ceil(n/256),) float32, offset () float32
-    "Scales less their mean, in blocks of 256, in the dynamic 8-bit type; bitsandbytes' CPU rounding."
-    n, table = scales.numel(), dynamic_map(str(scales.device))
+    "Scales less their mean, in blocks of 256, in the dynamic 8-bit type; bitsandbytes' rounding for the device."
+    n = scales.numel()
     offset = scales.mean() if n else scales.new_zeros(())
+    if scales.is_cuda:
+        import bitsandbytes
+        return *torch.ops.bitsandbytes.quantize_blockwise(scales - offset, dynamic_map(str(scales.device)), NESTED_BLOCKSIZE), offset
     x = torch.nn.functional.pad(scales - offset, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     absmax = x.abs().amax(1)
     v = (x*(1/absmax)[:,None]).nan_to_num_(nan=-1., posinf=1., neginf=-1.).clamp_(-1, 1)
-    right = torch.searchsorted(table, v)
-    left = (right-1).clamp_(min=0)
-    right.clamp_(max=255)
-    code = torch.where((table[right]-v).abs() < (v-table[left]).abs(), right, left)
+    cell = (((v+1)*.5).double()*65535 + .5).float().int()
+    code = _scale_cells(str(scales.device))[cell]
     code[absmax == 0] = 0
-    return code.flatten()[:n].to(torch.uint8), absmax, offset
+    return code.flatten()[:n], absmax, offset
 
 def _dequantize_scales(codes, nested_absmax, offset):
     "(n,) float32 scales from their 8-bit codes."
     each = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:codes.numel()]
     return dynamic_map(str(codes.device)).index_select(0, codes.int())*each + offset
 
-# %% ../nbs/api/02_quantize.ipynb #75e59353
+# %% ../nbs/api/02_quantize.ipynb #2e81f450
 @lru_cache(maxsize=256)
 def _pairs(book, device):
     "(256,) int64; each holds the two float32 levels of a byte, the high nibble's first in memory."
@@ -168,7 +176,7 @@ def _dequantize_torch(
         if rest.numel(): out[i+full*blocksize:i+v.numel()].copy_(rest*s[-1])
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #976189a6
+# %% ../nbs/api/02_quantize.ipynb #071b7f9a
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @lru_cache(maxsize=32)
@@ -190,7 +198,7 @@ def _call(fn, packed, scales, blocksize, out):
     fn(ptr(packed), ptr(scales), ptr(out), num(blocksize), num(out.numel()//blocksize), num(blocksize))
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #fee20163
+# %% ../nbs/api/02_quantize.ipynb #8a59cff6
 def _dequantize(
     packed:torch.Tensor, # (ceil(n/2), 1) uint8
     scales:torch.Tensor, # (blocks,) float32
@@ -210,7 +218,7 @@ def _dequantize(
     elif n: _dequantize_torch(packed, scales, book, blocksize, out)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #c9b0831a
+# %% ../nbs/api/02_quantize.ipynb #2b98af6d
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     "A tensor in 4 bits, in bitsandbytes' layout. Made by `quantize` or `QuantizedTensor.from_state_dict`."
@@ -281,7 +289,7 @@ class QuantizedTensor:
         double = ", double" if self.config.double else ""
         return f"QuantizedTensor({self.codebook.name}, {'×'.join(map(str, self.shape)) or 'scalar'}, blocksize {self.blocksize}{double}, {self.bits_per_param:.3f} bits a weight, {self.device})"
 
-# %% ../nbs/api/02_quantize.ipynb #ef53d644
+# %% ../nbs/api/02_quantize.ipynb #86f157e0
 @torch.no_grad()
 def quantize(
     weight:torch.Tensor,       # any shape and strides; float32, bfloat16 or float16
