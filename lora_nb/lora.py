@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'INITS', 'alpha_over_r', 'rslora', 'kaiming', 'gaussian', 'zeros', 'pissa', 'olora', 'weight_2d',
-           'LoRALinear', 'add_update', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding']
+           'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding']
 
-# %% ../nbs/api/04_lora.ipynb #747489f7
+# %% ../nbs/api/04_lora.ipynb #b3fe04bc
 import math
 from collections.abc import Callable
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/api/04_lora.ipynb #4b10de1f
+# %% ../nbs/api/04_lora.ipynb #f92ba5b2
 def alpha_over_r(
     alpha:float, # loudness of the update; PEFT's `lora_alpha`
     r:int        # rank
@@ -31,7 +31,7 @@ def rslora(
 
 SCALINGS = {'alpha/r': alpha_over_r, 'rslora': rslora}
 
-# %% ../nbs/api/04_lora.ipynb #a90a6f9a
+# %% ../nbs/api/04_lora.ipynb #0713cd72
 def kaiming(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), float32
     "A uniform in ±1/√in, as `nn.Linear` starts; B zero (PEFT's `init_lora_weights=True`)."
     bound = 1/math.sqrt(layer.in_features)
@@ -45,7 +45,7 @@ def zeros(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), flo
     "Both zero: room for tensors that are read from a file. It cannot learn from here."
     return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
 
-# %% ../nbs/api/04_lora.ipynb #68e5fdfd
+# %% ../nbs/api/04_lora.ipynb #55862a2e
 def _weight_for(layer, r, what):
     if r > (most := min(layer.in_features, layer.out_features)):
         raise ValueError(f"init='{what}' takes r directions of a W {(layer.out_features, layer.in_features)}, which has {most}; "
@@ -66,7 +66,7 @@ def olora(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
 
 INITS:dict[str,Callable] = {'kaiming': kaiming, 'gaussian': gaussian, 'pissa': pissa, 'olora': olora, 'zeros': zeros}
 
-# %% ../nbs/api/04_lora.ipynb #dd8d903f
+# %% ../nbs/api/04_lora.ipynb #7897cfc6
 def weight_2d(
     base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
 )->Tensor:         # W (out, in), detached; a 4-bit base is dequantised
@@ -78,13 +78,13 @@ def weight_2d(
     W = base.weight.detach()
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W
 
-# %% ../nbs/api/04_lora.ipynb #ee3783d3
+# %% ../nbs/api/04_lora.ipynb #7e0ba29e
 def patch_to(cls):
     "Decorator: make the function below a method of `cls`."
     def put(f): setattr(cls, f.__name__, f)
     return put
 
-# %% ../nbs/api/04_lora.ipynb #a9d62bdc
+# %% ../nbs/api/04_lora.ipynb #a27a4c0c
 def _check(name, r, alpha, dropout, scaling, init):
     if not isinstance(name, str) or not name or '.' in name:
         raise ValueError(f'An adapter is named by a string without dots; given {name!r}.')
@@ -94,7 +94,7 @@ def _check(name, r, alpha, dropout, scaling, init):
     if scaling not in SCALINGS: raise ValueError(f'No scaling {scaling!r}. There are: {", ".join(SCALINGS)}.')
     if init not in INITS: raise ValueError(f'No init {init!r}. There are: {", ".join(INITS)}.')
 
-# %% ../nbs/api/04_lora.ipynb #35970570
+# %% ../nbs/api/04_lora.ipynb #9809f29b
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates beside it: y = base(x) + s·(dropout(x) Aᵀ) Bᵀ, for each active adapter.
 
@@ -104,12 +104,13 @@ class LoRALinear(nn.Module):
     def __init__(self, base:nn.Module):
         super().__init__()
         self.base = base
-        self.out_features,self.in_features = self._features()
+        self.out_features,self.in_features = self._features_of(base)
         self.A,self.B,self.m = nn.ParameterDict(),nn.ParameterDict(),nn.ParameterDict()
         self.A0,self.B0 = nn.Module(),nn.Module()  # buffers by adapter name: the start that ΔW leaves out
         self.scaling,self.alpha,self.dropout,self.how,self.active,self.rows = {},{},{},{},[],None
 
-    def _features(self): return self.base.out_features,self.base.in_features
+    @staticmethod
+    def _features_of(base): return base.out_features,base.in_features
     def weight_2d(self): return weight_2d(self.base)
     def start(self, init, r, scaling): return INITS[init](self, r, scaling)
     def _can_dora(self): pass
@@ -141,12 +142,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{n}: r={len(A)}' for n,A in self.A.items())
 
-# %% ../nbs/api/04_lora.ipynb #bf36ddbc
+# %% ../nbs/api/04_lora.ipynb #3281c8d9
 def add_update(layer, name, x, y):
     "y + ΔW x: LoRA's own way to join the base's output `y (…, out)`."
     return y + layer.update(name, x)
 
-# %% ../nbs/api/04_lora.ipynb #4b755c8d
+# %% ../nbs/api/04_lora.ipynb #66f5dc93
 @torch.no_grad()
 def _place(layer, name, A, B):
     "Make A and B this layer's parameters, on the base's device; keep a copy of a start whose product is not zero."
@@ -186,7 +187,7 @@ def drop_adapter(self, name:str):
         if name in d: del d[name]
     if name in self.active: self.active.remove(name)
 
-# %% ../nbs/api/04_lora.ipynb #e65b0fc8
+# %% ../nbs/api/04_lora.ipynb #a23a8f57
 @patch_to(LoRALinear)
 @torch.no_grad()
 def factors(self, name:str='default'
@@ -204,7 +205,18 @@ def delta(self, name:str='default'
     A,B = self.factors(name)
     return self.scaling[name]*(B @ A)
 
-# %% ../nbs/api/04_lora.ipynb #ae76d67e
+# %% ../nbs/api/04_lora.ipynb #39d33d96
+def thin_svd(
+    A:Tensor, # (…, k, in)
+    B:Tensor  # (…, out, k)
+)->tuple[Tensor,Tensor,Tensor]: # U (…, out, q), S (…, q) descending, Vh (…, q, in), q = min(k, in, out); fp32 or fp64
+    "SVD of B·A by QR of both factors; never forms B·A (Golub & Van Loan, Matrix Computations, section 5.2 and 8.6)."
+    A,B = (t if t.dtype==torch.float64 else t.float() for t in (A, B))
+    (Qa,Ra),(Qb,Rb) = torch.linalg.qr(A.mT),torch.linalg.qr(B)
+    U,S,Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
+    return Qb @ U, S, Vh @ Qa.mT
+
+# %% ../nbs/api/04_lora.ipynb #b7f6e143
 @patch_to(LoRALinear)
 @torch.no_grad()
 def row_norm(self, name:str='default'
@@ -232,17 +244,19 @@ def _start_magnitude(layer, name):
     layer.m[name] = nn.Parameter(layer.row_norm(name))
     layer.how[name] = dora_update
 
-# %% ../nbs/api/04_lora.ipynb #c7e60c29
+# %% ../nbs/api/04_lora.ipynb #ef58cebe
 class LoRAConv1D(LoRALinear):
     "`LoRALinear` over transformers' `Conv1D`, whose weight is stored (in, out)."
-    def _features(self): return self.base.weight.shape[1],self.base.weight.shape[0]
+    @staticmethod
+    def _features_of(base): return base.weight.shape[1],base.weight.shape[0]
 
-# %% ../nbs/api/04_lora.ipynb #14f7f0f5
+# %% ../nbs/api/04_lora.ipynb #da2ec92b
 class LoRAEmbedding(LoRALinear):
     """`nn.Embedding` with low-rank updates: y = base(ids) + s·A[:, ids]ᵀ Bᵀ; `A (r, vocabulary)`, `B (dim, r)`.
 
     Ids have no dropout, as in PEFT. A module that scales its embeddings (`embed_scale`) scales the update too."""
-    def _features(self): return self.base.embedding_dim,self.base.num_embeddings
+    @staticmethod
+    def _features_of(base): return base.embedding_dim,base.num_embeddings
     def drop(self, name, ids): return ids
     def low_rank(self, ids, A, B, scaling):
         scale = getattr(self.base, 'embed_scale', 1.)
@@ -254,7 +268,7 @@ class LoRAEmbedding(LoRALinear):
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r)
     def _can_dora(self): raise ValueError('DoRA is built for linear layers; leave embeddings out of `targets`, or use dora=False.')
 
-# %% ../nbs/api/04_lora.ipynb #6d46cc98
+# %% ../nbs/api/04_lora.ipynb #7f7484ec
 @patch_to(LoRALinear)
 def _by_row(self, x, y):
     if len(self.rows) != len(x):
