@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['free_scratch', 'Linear4bit']
 
-# %% ../nbs/api/03_linear4bit.ipynb #7e5f4425
+# %% ../nbs/api/03_linear4bit.ipynb #4c713882
 import threading
 import torch
 from torch import nn
 from .quantize import NF4, QuantConfig, QuantizedTensor, quantize
 
-# %% ../nbs/api/03_linear4bit.ipynb #59e849ba
+# %% ../nbs/api/03_linear4bit.ipynb #463ddf9b
 _scratch = threading.local()
 
 def _borrowed(q:QuantizedTensor, dtype:torch.dtype)->torch.Tensor:
@@ -21,14 +21,14 @@ def _borrowed(q:QuantizedTensor, dtype:torch.dtype)->torch.Tensor:
     n = q.numel()
     if dtype not in held or held[dtype].numel() < n:
         held.pop(dtype, None)
-        held[dtype] = torch.empty(n, dtype=dtype)
+        with torch.inference_mode(False): held[dtype] = torch.empty(n, dtype=dtype)
     return q.dequantize(dtype, out=held[dtype][:n].view(q.shape))
 
 def free_scratch():
     "Give this thread's buffers back."
     _scratch.__dict__.pop("held", None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #ee232a22
+# %% ../nbs/api/03_linear4bit.ipynb #aa93409d
 class _MatMul4bit(torch.autograd.Function):
     "y = x Ŵᵀ + b. Saves no weight: the backward pass reads Ŵ again from its codes."
     @staticmethod
@@ -40,14 +40,14 @@ class _MatMul4bit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         to_x, to_bias = ctx.needs_input_grad[:2]
-        return (grad @ _borrowed(ctx.q, grad.dtype) if to_x else None, grad.flatten(0, -2).sum(0) if to_bias else None, None)
+        return (grad @ _borrowed(ctx.q, grad.dtype) if to_x else None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #afdbc3b9
+# %% ../nbs/api/03_linear4bit.ipynb #19b2be6b
 class Linear4bit(nn.Module):
     """y = x Ŵᵀ + b with Ŵ (out_features, in_features) read from 4 bits for each call. Computes in x's dtype (under autocast, in autocast's).
 
     Ŵ is frozen. The bias, if there is one, starts frozen. `state_dict` has bitsandbytes' keys, both ways."""
-    _parts = ("weight", "absmax", "nested_absmax", "offset")
+    _parts = ("weight", "absmax", "nested_absmax", "offset", "nested_map")
 
     def __init__(self,
         qweight:QuantizedTensor, # (out_features, in_features)
@@ -64,11 +64,11 @@ class Linear4bit(nn.Module):
         if len(q.shape) != 2: raise ValueError(f"Linear4bit: a weight of shape {tuple(q.shape)}, expected two dimensions, (out_features, in_features).")
         self.out_features, self.in_features = q.shape
         self.config, self.weight_dtype = q.config, q.dtype
-        for name, t in zip(self._parts, (q.packed, q.absmax, q.nested_absmax, q.offset)): self.register_buffer(name, t, persistent=False)
+        for name, t in zip(self._parts, (q.packed, q.absmax, q.nested_absmax, q.offset, q.nested_map)): self.register_buffer(name, t, persistent=False)
 
     @property
     def qweight(self)->QuantizedTensor:
-        return QuantizedTensor(self.weight, self.absmax, torch.Size((self.out_features, self.in_features)), self.weight_dtype, self.config, self.nested_absmax, self.offset)
+        return QuantizedTensor(self.weight, self.absmax, torch.Size((self.out_features, self.in_features)), self.weight_dtype, self.config, self.nested_absmax, self.offset, self.nested_map)
 
     @classmethod
     def from_linear(cls,
@@ -95,11 +95,32 @@ class Linear4bit(nn.Module):
 
     def _apply(self, fn, recurse=True):
         "Moves between devices; the scales keep their float32 whatever dtype the model is cast to."
-        scales = {id(t) for t in (self.absmax, self.nested_absmax, self.offset) if t is not None}
+        scales = {id(t) for t in (self.absmax, self.nested_absmax, self.offset, self.nested_map) if t is not None}
         def guarded(t):
             new = fn(t)
             return t.to(new.device) if id(t) in scales and new.dtype != t.dtype else new
         return super()._apply(guarded, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(self.qweight.state_dict(prefix + "weight"))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        "All of this layer or, with an error, nothing of it."
+        weight, bias = prefix + "weight", prefix + "bias"
+        rest = [k for k in state_dict if k.startswith(prefix) and k != weight and not k.startswith(weight + ".") and not (k == bias and self.bias is not None)]
+        if strict: unexpected_keys += rest
+        missing = [k for k, wanted in ((weight, True), (bias, self.bias is not None)) if wanted and k not in state_dict]
+        if missing: missing_keys += missing; return
+        try:
+            q, shape = QuantizedTensor.from_state_dict(state_dict, weight), (self.out_features, self.in_features)
+            if q.shape != shape: raise ValueError(f"{weight}: shape {tuple(q.shape)} in the checkpoint, {shape} in this layer.")
+            if self.bias is not None and state_dict[bias].shape != self.bias.shape: raise ValueError(f"{bias}: shape {tuple(state_dict[bias].shape)} in the checkpoint, {tuple(self.bias.shape)} in this layer.")
+        except ValueError as e: error_msgs.append(str(e)); return
+        self._hold(q if self.weight.is_meta else q.to(self.weight.device))
+        if self.bias is not None:
+            new = state_dict[bias].detach()
+            self.bias = nn.Parameter(new if self.bias.is_meta else new.to(self.bias), requires_grad=self.bias.requires_grad)
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.config.codebook.name}, blocksize={self.config.blocksize}, double={self.config.double}"

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4', 'dynamic_map', 'QuantizedTensor', 'quantize']
 
-# %% ../nbs/api/02_quantize.ipynb #e20d14d3
-import ctypes, json, math, threading
-from dataclasses import dataclass, field, replace
+# %% ../nbs/api/02_quantize.ipynb #08ff423e
+import ctypes, json, math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
 from .codebook import Codebook, nf4, fp4, int4
 
-# %% ../nbs/api/02_quantize.ipynb #38b71486
+# %% ../nbs/api/02_quantize.ipynb #62808986
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
@@ -33,7 +34,7 @@ class QuantConfig:
         scale = 8 + 32/NESTED_BLOCKSIZE if self.double else 32
         return 4 + scale/self.blocksize
 
-# %% ../nbs/api/02_quantize.ipynb #505d1f03
+# %% ../nbs/api/02_quantize.ipynb #d58a5624
 def NF4(blocksize:int=64, double:bool=False)->QuantConfig:
     "4-bit NormalFloat. `double`: quantise the scales too."
     return QuantConfig(nf4, blocksize, double)
@@ -46,70 +47,87 @@ def INT4(blocksize:int=64, double:bool=False)->QuantConfig:
     "Symmetric 4-bit integers, -7 to 7 times absmax/7. `double`: quantise the scales too."
     return QuantConfig(int4, blocksize, double)
 
-# %% ../nbs/api/02_quantize.ipynb #d9e9b761
+# %% ../nbs/api/02_quantize.ipynb #a229e0da
 @lru_cache(maxsize=256)
 def _bins(book, device):
-    "Half the number of bins, borders below each bin (uint8), the border inside each bin (float32, 2 where none), codes by rank or None."
-    mid, order = book.bounds()
-    inside = mid[(mid >= -1) & (mid <= 1)]
-    half = next((2**b for b in range(4, 16) if len(torch.unique(torch.floor(inside*2**b))) == len(inside)), None)
-    if half is None: return None
-    edges = torch.arange(-half, half+1, dtype=torch.float32)/half
-    border = torch.full((2*half+1,), 2.)
-    border[torch.floor(inside*half).long()+half] = inside
-    rank = None if torch.equal(order, torch.arange(16)) else order.to(torch.uint8).to(device)
-    return half, torch.bucketize(edges, mid).to(torch.uint8).to(device), border.to(device), rank
+    "Scale h, shift c, borders below bin trunc(h·x + c) (uint8), the border inside it (float32, 2 where none); None if the levels lie too close."
+    mid = book.bounds()[0].double()
+    for h in (2**b for b in range(3, 13)):
+        c = h + 1.5
+        edges = (torch.arange(2*h+4, dtype=torch.float64) - c)/h
+        at = (mid*h + c)[(mid > edges[0]) & (mid < edges[-1])]
+        if len(torch.unique(at.floor())) < len(at) or ((at - at.round()).abs() < 1e-3).any(): continue
+        border = torch.full((2*h+3,), 2.)
+        border[at.long()] = book.bounds()[0][(mid > edges[0]) & (mid < edges[-1])]
+        below = torch.bucketize(edges[:-1], mid).to(torch.uint8)
+        return float(h), torch.tensor(c, device=device), below.to(device), border.to(device)
 
-def _codes(
-    x:torch.Tensor, # (n,) float32 in [-1, 1]; overwritten
+def _ranks(
+    x:torch.Tensor, # (n,) float32, |x| at most a rounding above 1
     book:Codebook
 )->torch.Tensor:    # (n,) uint8
-    "What `book.nearest(x)` gives, by table."
-    if (bins := _bins(book, str(x.device))) is None: return book.nearest(x).to(torch.uint8)
-    half, below, border, rank = bins
-    k = torch.mul(x, half).floor_().add_(half).to(torch.int32)
-    code = below.index_select(0, k)
-    code += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
-    return code if rank is None else rank.index_select(0, code.to(torch.int32))
+    "How many cell borders lie below each x: the rank of its nearest level, 0 for the lowest."
+    if (bins := _bins(book, str(x.device))) is None: return torch.bucketize(x, book.bounds(x.device)[0]).to(torch.uint8)
+    h, c, below, border = bins
+    k = torch.add(c, x, alpha=h).to(torch.int32)
+    rank = below.index_select(0, k)
+    rank += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
+    return rank
 
-# %% ../nbs/api/02_quantize.ipynb #198f7edf
+# %% ../nbs/api/02_quantize.ipynb #e36602f5
 def _bad_weights(weight, name):
     n, inf = int(torch.isnan(weight).sum()), int(torch.isinf(weight).sum())
     return ValueError(f"{name or 'weight'} {tuple(weight.shape)}: {n} NaN and {inf} infinite of {weight.numel()} values. "
                       "A block's scale is its largest magnitude, so one of them destroys its whole block. Repair the checkpoint or name the layer in what stays unquantised.")
 
-def _pack(codes, out):
-    torch.bitwise_or(codes[::2] << 4, codes[1::2], out=out)
+@lru_cache(maxsize=256)
+def _recode(book, device):
+    "(256,) uint8: a byte of two ranks to a byte of two codes; None where ranks are codes."
+    order = book.bounds()[1]
+    if torch.equal(order, torch.arange(16)): return None
+    return (order.repeat_interleave(16) << 4 | order.repeat(16)).to(torch.uint8).to(device)
+
+def _pack(x, book, out):
+    "Two neighbours of x (n,), n even, to a byte of out (n/2,)."
+    pair = _ranks(x, book).view(torch.int16)  # little-endian: the first of two in the low byte
+    byte = ((pair << 4) | (pair >> 8)).to(torch.uint8)
+    if (codes := _recode(book, str(x.device))) is None: out.copy_(byte)
+    else: torch.index_select(codes, 0, byte.int(), out=out)
+
+_CHUNK = 2**15  # torch runs an operation on this many elements without waking its own threads
+
+def _each_chunk(fn, n, chunk, device):
+    "fn(i) for i in range(0, n, chunk): on a CPU in as many threads as torch may use, elsewhere in one."
+    starts, workers = range(0, n, chunk), torch.get_num_threads()
+    if device.type != "cpu" or workers == 1 or len(starts) < 4: return [fn(i) for i in starts]
+    with ThreadPoolExecutor(min(workers, len(starts))) as pool: return list(pool.map(fn, starts))
 
 def _quantize_torch(
     flat:torch.Tensor,  # (n,) contiguous, float32, bfloat16 or float16
     book:Codebook,
-    blocksize:int,
-    chunk:int=2**18     # weights taken at once; on a CPU they stay in its cache
+    blocksize:int
 )->tuple:               # packed (ceil(n/2),) uint8, absmax (blocks,) float32
-    "The reference: block-wise absmax and codes, bitsandbytes' CPU rounding."
+    "The reference: block-wise absmax and codes, bitsandbytes' CPU rounding. Chunk by chunk, so that a CPU works in its cache."
     n, full = flat.numel(), flat.numel()//blocksize
     packed = torch.empty((n+1)//2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n//blocksize), dtype=torch.float32, device=flat.device)
-    blocks = flat[:full*blocksize].view(full, blocksize)
-    rows = max(1, (chunk if flat.device.type == "cpu" else 2**26)//blocksize)
-    for i in range(0, full, rows):
+    blocks, rows = flat[:full*blocksize].view(full, blocksize), (_CHUNK if flat.device.type == "cpu" else 2**26)//blocksize
+    def some(i):
         b = blocks[i:i+rows].float()
         m = torch.amax(b.abs(), 1, out=absmax[i:min(i+rows, full)])
         if not torch.isfinite(m).all(): raise _bad_weights(flat, None)
-        x = torch.mul(b, (1/m.clamp(min=1e-38))[:,None]).clamp_(-1, 1)
-        _pack(_codes(x.view(-1), book), packed[i*blocksize//2:(i*blocksize + x.numel())//2])
+        x = torch.mul(b, (1/m.clamp(min=1e-38))[:,None])
+        _pack(x.view(-1), book, packed[i*blocksize//2:(i*blocksize + x.numel())//2])
+    _each_chunk(some, full, rows, flat.device)
     if n > full*blocksize:
         rest = flat[full*blocksize:].float()
         m = rest.abs().max().clamp(min=1e-38)
         if not torch.isfinite(m): raise _bad_weights(flat, None)
         absmax[-1] = m
-        x = (rest/m).clamp_(-1, 1)
-        if len(x) % 2: x = torch.cat([x, x.new_zeros(1)])
-        _pack(_codes(x, book), packed[full*blocksize//2:])
+        _pack(torch.nn.functional.pad(rest/m, (0, len(rest) % 2)), book, packed[full*blocksize//2:])
     return packed, absmax
 
-# %% ../nbs/api/02_quantize.ipynb #22e03357
+# %% ../nbs/api/02_quantize.ipynb #627a4f16
 @lru_cache(maxsize=8)
 def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, from -0.993 to 1
     "The signed dynamic 8-bit type (arXiv 1511.04561): decade i below 1 holds 2**(6-i) steps on each side of 0, and 0 and 1 are added."
@@ -119,7 +137,7 @@ def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, fr
         half += (10**(i-6)*((edges[:-1] + edges[1:])/2)).tolist()
     return torch.tensor(sorted(half + [-v for v in half] + [0., 1.]), dtype=torch.float32).to(device)
 
-# %% ../nbs/api/02_quantize.ipynb #40d53979
+# %% ../nbs/api/02_quantize.ipynb #c6e14699
 @lru_cache(maxsize=8)
 def _scale_cells(device):
     "(65536,) uint8: the code of `dynamic_map` nearest to the middle of each cell of [-1, 1]."
@@ -144,12 +162,12 @@ def _quantize_scales(
     code[absmax == 0] = 0
     return code.flatten()[:n], absmax, offset
 
-def _dequantize_scales(codes, nested_absmax, offset):
+def _dequantize_scales(codes, nested_absmax, offset, table=None):
     "(n,) float32 scales from their 8-bit codes."
     each = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:codes.numel()]
-    return dynamic_map(str(codes.device)).index_select(0, codes.int())*each + offset
+    return (dynamic_map(str(codes.device)) if table is None else table).index_select(0, codes.int())*each + offset
 
-# %% ../nbs/api/02_quantize.ipynb #2e81f450
+# %% ../nbs/api/02_quantize.ipynb #263cecc2
 @lru_cache(maxsize=256)
 def _pairs(book, device):
     "(256,) int64; each holds the two float32 levels of a byte, the high nibble's first in memory."
@@ -161,22 +179,22 @@ def _dequantize_torch(
     scales:torch.Tensor, # (blocks,) float32
     book:Codebook,
     blocksize:int,
-    out:torch.Tensor,    # (n,) any float dtype, written to
-    chunk:int=2**18
+    out:torch.Tensor     # (n,) any float dtype, written to
 )->torch.Tensor:         # out
     "The reference: out[i] = level[code i]·scale[i // blocksize], multiplied in float32, then rounded to out's dtype."
     pairs, n = _pairs(book, str(packed.device)), out.numel()
-    chunk = chunk if packed.device.type == "cpu" else 2**26
-    for i in range(0, n, chunk):
+    chunk = _CHUNK if packed.device.type == "cpu" else 2**26
+    def some(i):
         v = pairs.index_select(0, packed[i//2:(i+chunk+1)//2].int()).view(torch.float32)[:n-i]
         s = scales[i//blocksize:-(-min(i+chunk, n)//blocksize)]
         full = v.numel()//blocksize
         body, rest = v[:full*blocksize].view(full, blocksize), v[full*blocksize:]
         out[i:i+full*blocksize].view(full, blocksize).copy_(body.mul_(s[:full,None]))
         if rest.numel(): out[i+full*blocksize:i+v.numel()].copy_(rest*s[-1])
+    _each_chunk(some, n, chunk, packed.device)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #071b7f9a
+# %% ../nbs/api/02_quantize.ipynb #8adf3a29
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @lru_cache(maxsize=32)
@@ -198,7 +216,7 @@ def _call(fn, packed, scales, blocksize, out):
     fn(ptr(packed), ptr(scales), ptr(out), num(blocksize), num(out.numel()//blocksize), num(blocksize))
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #8a59cff6
+# %% ../nbs/api/02_quantize.ipynb #31380b03
 def _dequantize(
     packed:torch.Tensor, # (ceil(n/2), 1) uint8
     scales:torch.Tensor, # (blocks,) float32
@@ -218,7 +236,7 @@ def _dequantize(
     elif n: _dequantize_torch(packed, scales, book, blocksize, out)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #2b98af6d
+# %% ../nbs/api/02_quantize.ipynb #2315e1bb
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     "A tensor in 4 bits, in bitsandbytes' layout. Made by `quantize` or `QuantizedTensor.from_state_dict`."
@@ -229,6 +247,7 @@ class QuantizedTensor:
     config: QuantConfig
     nested_absmax: torch.Tensor = None   # (ceil(blocks/256),) float32, under double quantisation
     offset: torch.Tensor = None          # () float32, the mean scale, under double quantisation
+    nested_map: torch.Tensor = None      # (256,) float32 where a checkpoint's 8-bit type is not `dynamic_map`
 
     @property
     def codebook(self)->Codebook: return self.config.codebook
@@ -241,7 +260,7 @@ class QuantizedTensor:
     @property
     def scales(self)->torch.Tensor:
         "(blocks,) float32: what each block's levels are multiplied by."
-        return self.absmax if self.nested_absmax is None else _dequantize_scales(self.absmax, self.nested_absmax, self.offset)
+        return self.absmax if self.nested_absmax is None else _dequantize_scales(self.absmax, self.nested_absmax, self.offset, self.nested_map)
 
     @property
     def codes(self)->torch.Tensor:
@@ -283,13 +302,60 @@ class QuantizedTensor:
         "The same tensor on another device; self if it is there already."
         device = torch.device(device)
         if device == self.device: return self
-        return replace(self, **{k: t.to(device) for k in ("packed", "absmax", "nested_absmax", "offset") if (t := getattr(self, k)) is not None})
+        return replace(self, **{k: t.to(device) for k in ("packed", "absmax", "nested_absmax", "offset", "nested_map") if (t := getattr(self, k)) is not None})
+
+    def state_dict(self, prefix:str="weight")->dict:
+        "Tensors by bitsandbytes' key names: `prefix` for the codes, `prefix.absmax`, `prefix.quant_map`, and so on. They share memory with this one."
+        sd = {"absmax": self.absmax, "quant_map": self.codebook.table(self.device).clone()}
+        facts = dict(quant_type=self.codebook.name, blocksize=self.blocksize, dtype=str(self.dtype).removeprefix("torch."), shape=list(self.shape))
+        if self.nested_absmax is not None:
+            table = dynamic_map(str(self.device)).clone() if self.nested_map is None else self.nested_map
+            sd.update(nested_absmax=self.nested_absmax, nested_quant_map=table)
+            facts.update(nested_blocksize=NESTED_BLOCKSIZE, nested_dtype="float32", nested_offset=self.offset.item())
+        maker = "bitsandbytes" if self.codebook.name in ("nf4", "fp4") else "lora_nb"
+        sd[f"quant_state.{maker}__{self.codebook.name}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+        return {prefix: self.packed, **{f"{prefix}.{k}": t for k, t in sd.items()}}
+
+    @classmethod
+    def from_state_dict(cls,
+        sd:dict,            # a checkpoint's tensors; others than this weight's are ignored
+        prefix:str="weight"
+    )->"QuantizedTensor":
+        "The inverse of `state_dict`, for checkpoints of bitsandbytes and of ours. Raises ValueError where something is missing or does not fit."
+        part = {k[len(prefix)+1:]: t for k, t in sd.items() if k.startswith(prefix + ".")}
+        facts = [k for k in part if k.startswith("quant_state.")]
+        if prefix not in sd or len(facts) != 1:
+            got = f"dtype {sd[prefix].dtype}, shape {tuple(sd[prefix].shape)}, and the parts {sorted(part)}" if prefix in sd else "no such key"
+            raise ValueError(f"{prefix}: {got}; expected 4-bit codes with one {prefix}.quant_state.* beside them. A weight that is not in 4 bits goes through quantize(weight, NF4()).")
+        try:
+            f = json.loads(bytes(part[facts[0]].cpu().tolist()))
+            book, n = _book(f["quant_type"], part["quant_map"]), math.prod(f["shape"])
+            packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"]
+            nested = offset = table = None
+            if "nested_absmax" in part:
+                if f["nested_blocksize"] != NESTED_BLOCKSIZE: raise ValueError(f"nested_blocksize {f['nested_blocksize']}, expected {NESTED_BLOCKSIZE}")
+                nested, table = part["nested_absmax"].float(), part["nested_quant_map"].float()
+                offset = torch.tensor(float(f["nested_offset"]), device=packed.device)
+                if torch.equal(table, dynamic_map(str(table.device))): table = None
+            else: absmax = absmax.float()
+            config = QuantConfig(book, f["blocksize"], nested is not None)
+            blocks = -(-n//config.blocksize)
+            if packed.numel() != (n+1)//2 or absmax.shape != (blocks,) or (nested is not None and nested.numel() != -(-blocks//NESTED_BLOCKSIZE)):
+                raise ValueError(f"{packed.numel()} bytes of codes and {absmax.numel()} scales, expected {(n+1)//2} and {blocks} for shape {f['shape']}")
+            return cls(packed, absmax, torch.Size(f["shape"]), getattr(torch, f["dtype"]), config, nested, offset, table)
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as e:
+            what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
+            raise ValueError(f"{prefix}: not a 4-bit checkpoint that can be read: {what}. Parts found: {sorted(part)}.") from e
 
     def __repr__(self):
         double = ", double" if self.config.double else ""
         return f"QuantizedTensor({self.codebook.name}, {'×'.join(map(str, self.shape)) or 'scalar'}, blocksize {self.blocksize}{double}, {self.bits_per_param:.3f} bits a weight, {self.device})"
 
-# %% ../nbs/api/02_quantize.ipynb #86f157e0
+def _book(name, levels):
+    "The codebook of these levels: one of ours where they are equal."
+    return next((b for b in (nf4, fp4, int4) if b.name == name and torch.equal(b.table(), levels.float().cpu())), None) or Codebook(name, tuple(levels.tolist()))
+
+# %% ../nbs/api/02_quantize.ipynb #78482db2
 @torch.no_grad()
 def quantize(
     weight:torch.Tensor,       # any shape and strides; float32, bfloat16 or float16
