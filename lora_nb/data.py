@@ -6,20 +6,20 @@
 __all__ = ['DataError', 'answer_spans', 'Sample', 'encode_chat', 'as_messages', 'read_rows', 'split_rows', 'ChatData',
            'chat_data', 'preview', 'batch_order', 'collate', 'right_answer']
 
-# %% ../nbs/api/07_data.ipynb #b157d1d5
+# %% ../nbs/api/07_data.ipynb #5524a0b3
 import json,random,re
 from dataclasses import dataclass,field
 from pathlib import Path
 import torch
 
-# %% ../nbs/api/07_data.ipynb #a801b68e
+# %% ../nbs/api/07_data.ipynb #ea200193
 class DataError(ValueError): "What is wrong with a training sample, with the file and line where there is one."
 
-# %% ../nbs/api/07_data.ipynb #5b4fe246
+# %% ../nbs/api/07_data.ipynb #ba80625c
 def _render(tok, messages, **kwargs):
     return tok.apply_chat_template(messages, tokenize=False, **kwargs)
 
-# %% ../nbs/api/07_data.ipynb #3a3d56cf
+# %% ../nbs/api/07_data.ipynb #ca489a05
 def answer_spans(
     tok,           # a tokenizer with a chat template
     messages:list  # dicts with 'role' and 'content'
@@ -33,9 +33,9 @@ def answer_spans(
             raise DataError(f"The chat template renders turn {i} differently once more turns follow, so its tokens can't be told apart. "
                             "Give one answer per sample, or use labels='all'.")
         spans.append((len(before), len(upto.rstrip())))
-    return text,spans
+    return text.rstrip(),spans
 
-# %% ../nbs/api/07_data.ipynb #ef797d90
+# %% ../nbs/api/07_data.ipynb #ba4551bc
 @dataclass
 class Sample:
     "One training sequence."
@@ -48,7 +48,7 @@ class Sample:
     @property
     def n_labels(self): return sum(l!=-100 for l in self.labels[1:])
 
-# %% ../nbs/api/07_data.ipynb #0e81aad1
+# %% ../nbs/api/07_data.ipynb #55ff0e21
 def encode_chat(
     tok,               # a fast tokenizer with a chat template
     messages:list,     # dicts with 'role' and 'content'
@@ -68,7 +68,7 @@ def encode_chat(
         raise DataError(f"No token to learn from: {why}.")
     return s
 
-# %% ../nbs/api/07_data.ipynb #7f136c3a
+# %% ../nbs/api/07_data.ipynb #ae3a0bfc
 def as_messages(row:dict)->list:
     "The chat in a row: `messages`, or `prompt` and `completion`. Raises DataError naming the fields found."
     if not isinstance(row, dict): raise DataError(f"a row must be an object with fields, not {type(row).__name__}")
@@ -80,7 +80,7 @@ def as_messages(row:dict)->list:
     if not ok: raise DataError("'messages' must be a list of objects, each with a text 'role' and a text 'content'")
     return ms
 
-# %% ../nbs/api/07_data.ipynb #f8a839a6
+# %% ../nbs/api/07_data.ipynb #93f253fb
 def _jsonl_rows(path):
     with open(path, encoding='utf-8') as f:
         for n,line in enumerate(f, 1):
@@ -88,7 +88,7 @@ def _jsonl_rows(path):
             try: yield f"{path}, line {n}",json.loads(line)
             except json.JSONDecodeError as e: raise DataError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
 
-# %% ../nbs/api/07_data.ipynb #7528aa2f
+# %% ../nbs/api/07_data.ipynb #809fef1c
 def read_rows(
     source  # a .jsonl path, a list of dicts, or a `datasets.Dataset`
 )->list:    # (where, row) pairs
@@ -102,21 +102,21 @@ def read_rows(
     if not rows: raise DataError(f"{source if isinstance(source,(str,Path)) else 'the source'} is empty: no rows to learn from")
     return rows
 
-# %% ../nbs/api/07_data.ipynb #a06cbc48
+# %% ../nbs/api/07_data.ipynb #b488f021
 def split_rows(rows, val, seed):
-    "(train, held-out) rows. `val` is a share drawn with `seed`, or the column that says 'train' or 'val'."
+    "(train, held-out) parts of `rows`, which are (index, where, row). `val` is a share drawn with `seed`, or the column that says 'train' or 'val'."
     if isinstance(val, str):
-        wrong = [w for w,r in rows if r.get(val) not in ('train','val')]
+        wrong = [w for _,w,r in rows if r.get(val) not in ('train','val')]
         if wrong: raise DataError(f"{wrong[0]}: column {val!r} must say 'train' or 'val'")
-        return [x for x in rows if x[1][val]=='train'],[x for x in rows if x[1][val]=='val']
+        return [x for x in rows if x[2][val]=='train'],[x for x in rows if x[2][val]=='val']
     if not 0<=val<1: raise ValueError(f"val={val}: expected a share from 0 to below 1, or a column's name")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     n = round(len(rows)*val)
     held = set(order[:n])
-    return [x for i,x in enumerate(rows) if i not in held],[x for i,x in enumerate(rows) if i in held]
+    return [x for x in rows if x[0] not in held],[x for x in rows if x[0] in held]
 
-# %% ../nbs/api/07_data.ipynb #2d62885c
+# %% ../nbs/api/07_data.ipynb #4cdf2864
 @dataclass
 class ChatData:
     "Encoded samples, ready for `Trainer`."
@@ -130,7 +130,7 @@ class ChatData:
         return (f"{len(self.train)} training and {len(self.val)} held-out samples; {n:,} tokens, {l:,} of them learned from"
                 + (f"; {cut} samples cut to {self.max_len} tokens" if cut else ""))
 
-# %% ../nbs/api/07_data.ipynb #60b935a5
+# %% ../nbs/api/07_data.ipynb #31faa3d5
 def chat_data(
     source,            # a .jsonl path, a list of dicts, or a `datasets.Dataset`
     tok,               # the model's tokenizer
@@ -148,14 +148,14 @@ def chat_data(
             ms = as_messages(row)
             return encode_chat(tok, ms, max_len, labels, i, {k:v for k,v in row.items() if k not in ('messages','prompt','completion')}|{'messages':ms})
         except DataError as e: raise DataError(f"{where}: {e}") from None
-    rows = read_rows(source)
-    for where,r in rows:
+    rows = [(i, where, r) for i,(where,r) in enumerate(read_rows(source))]
+    for _,where,r in rows:
         if not isinstance(r, dict): raise DataError(f"{where}: a row must be an object with fields, not {type(r).__name__}")
-    train,held = ([encode(i, w, r) for i,(w,r) in enumerate(part)] for part in split_rows(rows, val, seed))
+    train,held = ([encode(*x) for x in part] for part in split_rows(rows, val, seed))
     if not train: raise DataError("Every row is held out: no sample to train on. Lower val.")
     return ChatData(train, held, tok, max_len)
 
-# %% ../nbs/api/07_data.ipynb #813307c7
+# %% ../nbs/api/07_data.ipynb #0a952318
 def preview(
     data:ChatData, # or any object with .train and .tok
     i:int=0        # which training sample
@@ -168,7 +168,7 @@ def preview(
         parts[-1][1].append(t)
     return ''.join(f"⟦{data.tok.decode(ts)}⟧" if on else data.tok.decode(ts) for on,ts in parts)
 
-# %% ../nbs/api/07_data.ipynb #e3635445
+# %% ../nbs/api/07_data.ipynb #d951593e
 def batch_order(
     lengths:list, batch_size:int, seed:int=42, epoch:int=0,
     window:int=16      # batches that are sorted together
@@ -183,7 +183,7 @@ def batch_order(
     rng.shuffle(batches)
     return batches
 
-# %% ../nbs/api/07_data.ipynb #59eac0cc
+# %% ../nbs/api/07_data.ipynb #4b0efbd2
 def collate(
     samples:list,   # of Sample
     pad_id:int=0
@@ -193,10 +193,10 @@ def collate(
     pad = lambda xs,v: xs+[v]*(n-len(xs))
     return dict(input_ids=torch.tensor([pad(s.input_ids, pad_id) for s in samples]), labels=torch.tensor([pad(s.labels, -100) for s in samples]))
 
-# %% ../nbs/api/07_data.ipynb #cf0bac0e
+# %% ../nbs/api/07_data.ipynb #a8585514
 def _words(text): return ' '+' '.join(re.findall(r'[^\W_]+(?:\.\d+)?', text.lower()))+' '
 
-# %% ../nbs/api/07_data.ipynb #26f8eb39
+# %% ../nbs/api/07_data.ipynb #53226cd3
 def right_answer(
     answer:str,  # free text
     terms:list   # key terms, each with alternatives divided by '|'

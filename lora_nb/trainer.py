@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Settings', 'check_settings', 'optimizer_tensors', 'load_optimizer_tensors', 'NonFiniteLoss', 'Run',
-           'Trainer']
+           'trained_adapter', 'Trainer']
 
-# %% ../nbs/api/09_trainer.ipynb #840219de
+# %% ../nbs/api/09_trainer.ipynb #db12db38
 import json,math,os,shutil,threading,time
 from dataclasses import dataclass,asdict,replace
 from pathlib import Path
@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file,save_file
 from tqdm.auto import tqdm
 from transformers import get_scheduler
-from .adapter import active_adapter
+from .adapter import adapters,_fsync
 from .data import batch_order,collate
 from .loss import model_loss
 
-# %% ../nbs/api/09_trainer.ipynb #395d7996
+# %% ../nbs/api/09_trainer.ipynb #09ee4424
 @dataclass(frozen=True)
 class Settings:
     "What a run was asked to do; written beside its checkpoints."
@@ -36,10 +36,10 @@ class Settings:
     checkpointing:bool=False # recompute activations in backward
     seed:int=42              # of the order of samples and of dropout
 
-# %% ../nbs/api/09_trainer.ipynb #26b00804
+# %% ../nbs/api/09_trainer.ipynb #8fef7baf
 SCHEDULES = {'cosine':'cosine', 'linear':'linear', 'constant':'constant_with_warmup'}
 
-# %% ../nbs/api/09_trainer.ipynb #1c361a28
+# %% ../nbs/api/09_trainer.ipynb #c429273d
 def check_settings(s:Settings):
     "Raises ValueError naming the setting, what it was and what is allowed."
     def need(ok, name, want):
@@ -54,13 +54,7 @@ def check_settings(s:Settings):
     for name in ('weight_decay','clip'): need(number(getattr(s, name)) and getattr(s, name)>=0, name, 'a number from 0')
     need(s.eval_every is None or whole(s.eval_every), 'eval_every', 'a whole number of steps, or None for once an epoch')
 
-# %% ../nbs/api/09_trainer.ipynb #9ad28d4d
-def _fsync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-# %% ../nbs/api/09_trainer.ipynb #7d70c82f
+# %% ../nbs/api/09_trainer.ipynb #83f4f8cb
 def _whole_folder(path, write):
     "Call `write(tmp)` on an empty folder beside `path`, flush it to disk, then rename it to `path`."
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -78,12 +72,12 @@ def _whole_folder(path, write):
         raise
     return path
 
-# %% ../nbs/api/09_trainer.ipynb #354884be
+# %% ../nbs/api/09_trainer.ipynb #6a91513f
 def optimizer_tensors(opt, names:list)->dict:
     "The optimizer's state as flat named tensors; `names` are the parameters' names in the optimizer's order."
     return {f"{names[i]}::{k}":v.detach().cpu().contiguous() for i,st in opt.state_dict()['state'].items() for k,v in st.items()}
 
-# %% ../nbs/api/09_trainer.ipynb #979abed2
+# %% ../nbs/api/09_trainer.ipynb #b6bf09b8
 def load_optimizer_tensors(opt, names:list, tensors:dict):
     "The inverse of `optimizer_tensors`. Raises KeyError naming a parameter that has no saved state."
     state = {}
@@ -92,17 +86,17 @@ def load_optimizer_tensors(opt, names:list, tensors:dict):
         if not state[i]: raise KeyError(f"The checkpoint holds no optimizer state for {n!r}")
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/api/09_trainer.ipynb #894b836b
+# %% ../nbs/api/09_trainer.ipynb #56af5f5f
 class NonFiniteLoss(FloatingPointError): "The loss became NaN or infinite; the message names the step and the samples."
 
-# %% ../nbs/api/09_trainer.ipynb #b0569e56
+# %% ../nbs/api/09_trainer.ipynb #1e914542
 def _plain(x):
     "True for what JSON can hold."
     if isinstance(x, dict): return all(map(_plain, x.values()))
     if isinstance(x, (list, tuple)): return all(map(_plain, x))
     return x is None or isinstance(x, (str, int, float, bool))
 
-# %% ../nbs/api/09_trainer.ipynb #d6f65386
+# %% ../nbs/api/09_trainer.ipynb #5a6b2cee
 class Run:
     "A training run: its events, and the means to pause, resume, stop and await it. Made by `Trainer.start` or `Trainer.fit`."
     def __init__(self, trainer, out):
@@ -139,7 +133,7 @@ class Run:
         last = self.log.loss.iloc[-1] if self.step else float('nan')
         return f"Run {self.state} at step {self.step} of {self.total_steps}, loss {last:.3f}, in {self.out}"
 
-# %% ../nbs/api/09_trainer.ipynb #761eb3dd
+# %% ../nbs/api/09_trainer.ipynb #5f39e08d
 def _publish(self:Run, kind, **fields):
     event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
     if _plain(event):
@@ -155,13 +149,13 @@ def _publish(self:Run, kind, **fields):
             self.events.append(dict(event, kind='warning', text=f"A subscriber raised {type(e).__name__}: {e}. It is no longer called."))
 Run._publish = _publish
 
-# %% ../nbs/api/09_trainer.ipynb #277edfa8
+# %% ../nbs/api/09_trainer.ipynb #5175b2f0
 def _off(self:Run, where, item):
     with self._lock:
         if item in where: where.remove(item)
 Run._off = _off
 
-# %% ../nbs/api/09_trainer.ipynb #8e20b0b9
+# %% ../nbs/api/09_trainer.ipynb #67c3c385
 def subscribe(
     self:Run,
     fn     # called with each event, in the worker thread
@@ -171,7 +165,7 @@ def subscribe(
     return lambda: self._off(self._subs, fn)
 Run.subscribe = subscribe
 
-# %% ../nbs/api/09_trainer.ipynb #1a5f4665
+# %% ../nbs/api/09_trainer.ipynb #f6c47749
 def probe(
     self:Run,
     fn,              # fn(run) -> dict with 'kind', or None; called in the worker thread between two steps
@@ -183,7 +177,7 @@ def probe(
     return lambda: self._off(self._probes, item)
 Run.probe = probe
 
-# %% ../nbs/api/09_trainer.ipynb #0468e4c6
+# %% ../nbs/api/09_trainer.ipynb #7d7cbe6d
 def while_waiting(
     self:Run,
     fn       # called without arguments in the thread that waits
@@ -193,7 +187,7 @@ def while_waiting(
     return lambda: self._off(self._waiting, fn)
 Run.while_waiting = while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #dd5fe26a
+# %% ../nbs/api/09_trainer.ipynb #ff34d70b
 def _serve_probes(self:Run):
     with self._lock: items = list(self._probes)
     for item in items:
@@ -208,13 +202,13 @@ def _serve_probes(self:Run):
         if seen: self._publish(**seen)
 Run._serve_probes = _serve_probes
 
-# %% ../nbs/api/09_trainer.ipynb #1d75974e
+# %% ../nbs/api/09_trainer.ipynb #7d8dae27
 def _set_state(self:Run, state):
     self.state = state
     self._publish('state', state=state)
 Run._set_state = _set_state
 
-# %% ../nbs/api/09_trainer.ipynb #44a7a275
+# %% ../nbs/api/09_trainer.ipynb #68e04758
 def pause(self:Run):
     "Halt at the next step boundary."
     self._go.clear()
@@ -229,7 +223,7 @@ def save_now(self:Run):
     self._save.set()
 for f in (pause, resume, stop, save_now): setattr(Run, f.__name__, f)
 
-# %% ../nbs/api/09_trainer.ipynb #1e61917f
+# %% ../nbs/api/09_trainer.ipynb #47835951
 def _boundary(self:Run)->bool:
     "Between two steps: serve probes, save, hold while paused. False: stop."
     self._serve_probes()
@@ -243,7 +237,7 @@ def _boundary(self:Run)->bool:
     return not self._stop.is_set()
 Run._boundary = _boundary
 
-# %% ../nbs/api/09_trainer.ipynb #633bc214
+# %% ../nbs/api/09_trainer.ipynb #95b07b6c
 def wait(
     self:Run,
     progress:bool=True # show a progress bar
@@ -263,7 +257,7 @@ def wait(
     return self
 Run.wait = wait
 
-# %% ../nbs/api/09_trainer.ipynb #dfbaea1f
+# %% ../nbs/api/09_trainer.ipynb #d09ec76d
 def _while_waiting(self:Run, bar):
     bar.update(self.step-bar.n)
     last = next((e for e in reversed(self.events) if e['kind']=='step'), None)
@@ -272,20 +266,29 @@ def _while_waiting(self:Run, bar):
     for fn in fns: fn()
 Run._while_waiting = _while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #347c4ec6
+# %% ../nbs/api/09_trainer.ipynb #13123c23
 class _LossModule(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
     def forward(self, batch, n): return model_loss(self.model, batch, n)
 
-# %% ../nbs/api/09_trainer.ipynb #c2c4a207
+# %% ../nbs/api/09_trainer.ipynb #0a2d00b4
 def _free_folder(out):
     "`out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten."
     out = Path(out)
     return next(p for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
-# %% ../nbs/api/09_trainer.ipynb #c92b2045
+# %% ../nbs/api/09_trainer.ipynb #9479abcd
+def trained_adapter(model):
+    "The one adapter on `model` whose parameters require gradients. Raises ValueError where there is none, or more than one."
+    found = [a for a in adapters(model).values() if any(p.requires_grad for p in a.parameters())]
+    if len(found)!=1:
+        raise ValueError(f"The model has {len(found)} adapters that train ({', '.join(a.name for a in found) or 'none'}); expected one. "
+                         + ("Put one on with add_lora(model)." if not found else "Choose one with train_only."))
+    return found[0]
+
+# %% ../nbs/api/09_trainer.ipynb #416b3bb2
 class Trainer:
     "Trains the parameters of `model` that require gradients (an adapter's) on `data`, with AdamW."
     def __init__(self,
@@ -298,7 +301,7 @@ class Trainer:
         if unknown: raise TypeError(f"Unknown settings {sorted(unknown)}; there are {list(Settings.__dataclass_fields__)}")
         self.settings = Settings(**settings)
         check_settings(self.settings)
-        self.model,self.data,self.out,self.adapter = model,data,out,active_adapter(model)
+        self.model,self.data,self.out,self.adapter = model,data,out,trained_adapter(model)
         if not data.train: raise ValueError("data.train is empty: nothing to train on")
         self.named = [(n,p) for n,p in model.named_parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
@@ -307,7 +310,7 @@ class Trainer:
         self._resume_from = None
         self._plan()
 
-# %% ../nbs/api/09_trainer.ipynb #5b3bd25a
+# %% ../nbs/api/09_trainer.ipynb #96342b13
 def _plan(self:Trainer):
     s = self.settings
     per_epoch = math.ceil(len(self.data.train)/s.batch_size)
@@ -321,13 +324,13 @@ def _plan(self:Trainer):
     self.scheduler = get_scheduler(SCHEDULES[s.schedule], opt, num_warmup_steps=round(s.warmup*self.total_steps), num_training_steps=self.total_steps)
 Trainer._plan = _plan
 
-# %% ../nbs/api/09_trainer.ipynb #4c8da356
+# %% ../nbs/api/09_trainer.ipynb #52b9b1d3
 def _batch(self:Trainer, samples):
     b = collate(samples, self.data.tok.pad_token_id or 0)
     return {k:v.to(self.device) for k,v in b.items()}
 Trainer._batch = _batch
 
-# %% ../nbs/api/09_trainer.ipynb #e974a0da
+# %% ../nbs/api/09_trainer.ipynb #7423b502
 def _step(self:Trainer, run, micro):
     "One optimizer step on a list of micro-batches of sample indices; returns (loss, gradient norm, tokens)."
     samples = [[self.data.train[i] for i in idx] for idx in micro]
@@ -348,7 +351,7 @@ def _step(self:Trainer, run, micro):
     return total,float(norm),sum(len(s) for mb in samples for s in mb)
 Trainer._step = _step
 
-# %% ../nbs/api/09_trainer.ipynb #f27d3fff
+# %% ../nbs/api/09_trainer.ipynb #b5aa690a
 @torch.no_grad()
 def evaluate(
     self:Trainer,
@@ -366,7 +369,7 @@ def evaluate(
     return total/sum(s.n_labels for s in samples)
 Trainer.evaluate = evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #7b260f29
+# %% ../nbs/api/09_trainer.ipynb #57352cce
 def _evaluate(self:Trainer, run):
     if not self.data.val: return
     t = time.perf_counter()
@@ -374,7 +377,7 @@ def _evaluate(self:Trainer, run):
     run._publish('eval', loss=loss, seconds=round(time.perf_counter()-t, 3))
 Trainer._evaluate = _evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #6facec54
+# %% ../nbs/api/09_trainer.ipynb #dd8dd1ac
 def _checkpoint(self:Trainer, run):
     names = [n for n,_ in self.named]
     def write(tmp):
@@ -382,7 +385,8 @@ def _checkpoint(self:Trainer, run):
         self.adapter.save(adapter)
         for f in adapter.iterdir(): f.rename(tmp/f.name)
         adapter.rmdir()
-        save_file(optimizer_tensors(self.optimizer, names)|{'rng':torch.get_rng_state()}, tmp/'optimizer.safetensors')
+        mine = {f'adapter::{k}':v.cpu().contiguous() for k,v in self.adapter.state_dict().items()}
+        save_file(mine|optimizer_tensors(self.optimizer, names)|{'rng':torch.get_rng_state()}, tmp/'training.safetensors')
         state = dict(step=run.step, total_steps=self.total_steps, settings=asdict(self.settings), scheduler=self.scheduler.state_dict(), samples=len(self.data.train))
         (tmp/'run.json').write_text(json.dumps(state, indent=1))
     path = _whole_folder(run.out/f"checkpoint-{run.step}", write)
@@ -390,7 +394,7 @@ def _checkpoint(self:Trainer, run):
     return path
 Trainer._checkpoint = _checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #64f3aa82
+# %% ../nbs/api/09_trainer.ipynb #f4382b31
 def _steps(self:Trainer, start):
     "(step, epoch so far, micro-batches) from step `start` on; depends on seed and epoch alone."
     s,lens,step = self.settings,[len(x) for x in self.data.train],0
@@ -402,7 +406,7 @@ def _steps(self:Trainer, start):
             if step>start: yield step,step/self.steps_per_epoch,batches[k:k+s.accum]
 Trainer._steps = _steps
 
-# %% ../nbs/api/09_trainer.ipynb #1ab59bae
+# %% ../nbs/api/09_trainer.ipynb #bbe8ff2b
 def _train(self:Trainer, run):
     start = self._restore(run) if self._resume_from else 0
     if not start: torch.manual_seed(self.settings.seed)
@@ -422,7 +426,7 @@ def _train(self:Trainer, run):
     return 'finished' if run.step==self.total_steps else 'stopped'
 Trainer._train = _train
 
-# %% ../nbs/api/09_trainer.ipynb #edbedd35
+# %% ../nbs/api/09_trainer.ipynb #ca446356
 def _work(self:Trainer, run):
     "Runs `_train` to its end and leaves the run in its last state, whatever happens."
     try:
@@ -441,7 +445,7 @@ def _work(self:Trainer, run):
     run._done.set()
 Trainer._work = _work
 
-# %% ../nbs/api/09_trainer.ipynb #f69b7255
+# %% ../nbs/api/09_trainer.ipynb #ec586fec
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once."
     run = Run(self, _free_folder(self.out))
@@ -453,19 +457,21 @@ def fit(self:Trainer)->Run:
     return self.start().wait()
 Trainer.start,Trainer.fit = start,fit
 
-# %% ../nbs/api/09_trainer.ipynb #ba8f0c8c
+# %% ../nbs/api/09_trainer.ipynb #33114533
 def _restore(self:Trainer, run):
     folder = Path(self._resume_from)
     state = json.loads((folder/'run.json').read_text())
-    tensors = load_file(folder/'optimizer.safetensors')
+    tensors = load_file(folder/'training.safetensors')
     torch.set_rng_state(tensors.pop('rng'))
+    self.adapter.load_state_dict({k.removeprefix('adapter::'):tensors.pop(k) for k in list(tensors) if k.startswith('adapter::')})
     load_optimizer_tensors(self.optimizer, [n for n,_ in self.named], tensors)
     self.scheduler.load_state_dict(state['scheduler'])
+    for g,lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()): g['lr'] = lr
     run.step = state['step']
     return run.step
 Trainer._restore = _restore
 
-# %% ../nbs/api/09_trainer.ipynb #391ccda4
+# %% ../nbs/api/09_trainer.ipynb #eed061aa
 @classmethod
 def resume_run(cls,
     folder, # a checkpoint's folder
@@ -479,7 +485,6 @@ def resume_run(cls,
     state = json.loads((folder/'run.json').read_text())
     if state['samples']!=len(data.train): raise ValueError(f"The checkpoint was trained on {state['samples']} samples, data has {len(data.train)}: resume with the same data")
     t = cls(model, data, out or folder.parent, **state['settings'])
-    t.adapter.load_file(folder)
     t._resume_from = folder
     return t
 Trainer.resume = resume_run

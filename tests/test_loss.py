@@ -40,7 +40,7 @@ def models():
     yield 'phi', T.PhiForCausalLM(T.PhiConfig(**{k: v for k, v in kw.items() if k != 'head_dim'}))
 
 
-@pytest.mark.parametrize('name,model', models(), ids=lambda x: x if isinstance(x, str) else '')
+@pytest.mark.parametrize('name,model', list(models()), ids=lambda x: x if isinstance(x, str) else '')
 def test_whole_models(name, model):
     model.eval()
     ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))

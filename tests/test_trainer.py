@@ -200,7 +200,7 @@ def test_bf16_trains(tmp_path):
     model = tiny_llama().bfloat16()
     add_lora(model, r=8, alpha=16)
     run = Trainer(model, counting(), out=tmp_path/'x', lr=1e-2, epochs=4).fit()
-    assert run.log.loss.iloc[-1] < run.log.loss.iloc[0]*.7
+    assert run.log.loss.iloc[-1] < run.log.loss.iloc[0]*.85
     assert {p.dtype for p in run.adapter.parameters()} == {torch.float32}
 
 
