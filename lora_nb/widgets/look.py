@@ -7,22 +7,22 @@ __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text'
            'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'Watcher',
            'answer_while_busy', 'still_lines', 'still_table']
 
-# %% ../../nbs/api/12_widgets_look.ipynb #26aced30
+# %% ../../nbs/api/12_widgets_look.ipynb #0f1a1ed4
 import html, time
 import anywidget, ipywidgets as widgets, numpy as np, plotly.graph_objects as go
 from copy import deepcopy
 from plotly.basewidget import BaseFigureWidget
 from traitlets import Unicode, default
 
-# %% ../../nbs/api/12_widgets_look.ipynb #e7162ca7
+# %% ../../nbs/api/12_widgets_look.ipynb #3bf1b7f1
 COLOUR = dict(base='#808080', adapter='#1f83c4', heldout='#d55e00', A='#b2639a', B='#b87a00', quantised='#009373',
               gradients='#8a6fd1', optimizer='#a5713d', rest='#6f8494')
 
 DIVERGING = [[0,'rgb(5,90,160)'], [.25,'rgba(50,140,200,.75)'], [.5,'rgba(128,128,128,.06)'], [.75,'rgba(225,125,30,.75)'], [1,'rgb(190,70,0)']]
 
-# %% ../../nbs/api/12_widgets_look.ipynb #a2f6cb63
+# %% ../../nbs/api/12_widgets_look.ipynb #88b7987a
 _hidden = {c: f'\\u{c:04x}' for c in [*range(0x80,0xa0), 0x61c, 0x200b, 0x200e, 0x200f, *range(0x202a,0x202f), *range(0x2066,0x206a), 0xfeff]}
-_hidden |= {c: chr(0x2400+c) for c in range(32) if chr(c) not in '\n\t'} | {0x7f: '\u2421'}
+_hidden |= {c: f'\\x{c:02x}' for c in [*range(32), 127] if chr(c) not in '\n\t'}
 
 def as_text(
     s,              # anything; `str(s)` is shown
@@ -33,7 +33,7 @@ def as_text(
     more = f'\u2026 ({len(s)-limit:,} more characters)' if len(s)>limit else ''
     return html.escape(s[:limit].translate(_hidden)) + more
 
-# %% ../../nbs/api/12_widgets_look.ipynb #3a9b1401
+# %% ../../nbs/api/12_widgets_look.ipynb #2dcd1b94
 def bytes_unit(
     most:float # the greatest number of bytes to show
 )->tuple:      # (divisor, unit's name)
@@ -60,7 +60,7 @@ def seconds_unit(
     "The unit for a time axis that reaches `most` seconds."
     return (1,'s') if most<180 else (60,'min') if most<3*3600 else (3600,'h')
 
-# %% ../../nbs/api/12_widgets_look.ipynb #9013d84d
+# %% ../../nbs/api/12_widgets_look.ipynb #4cba08a8
 def thin(
     y,           # (n,) values
     keep:int=1500 # points that are left, at most
@@ -85,20 +85,25 @@ def shrink(
         M = np.where(hi>=-lo, hi, lo)
     return M
 
-# %% ../../nbs/api/12_widgets_look.ipynb #2eb2cfdc
+# %% ../../nbs/api/12_widgets_look.ipynb #a56c99d9
 STYLE = '''<style>
 .lnb {color: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)); font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; overflow: hidden}
 .lnb .widget-html-content, .lnb .jupyter-widgets.widget-html-content {line-height: 1.45; color: inherit; white-space: normal}
-.lnb .main-svg text {fill: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)) !important; font-family: var(--jp-ui-font-family, system-ui, sans-serif) !important}
+.lnb .main-svg text {fill: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)) !important}
 .lnb .main-svg .hoverlayer text {fill: #fff !important}
 .lnb .lnb-panel {border: 1px solid var(--jp-border-color2, #8885); border-radius: 4px; padding: 6px 8px; overflow: hidden; min-width: 0}
 .lnb .lnb-head {display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px; margin: 0; font-size: 13px; font-weight: 600}
 .lnb .lnb-head span {font-weight: 400; color: var(--jp-ui-font-color2, inherit); font-variant-numeric: tabular-nums}
+.lnb .lnb-legend {display: flex; flex-wrap: wrap; gap: 0 14px; margin: 0; padding: 0; list-style: none; font-size: 12px; font-variant-numeric: tabular-nums}
+.lnb .lnb-legend i, .lnb .lnb-dot {display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 5px}
+.lnb .lnb-dot {border-radius: 5px}
+.lnb .lnb-scroll {max-height: 300px; overflow: auto}
+.lnb .lnb-question {font-weight: 600; margin-top: 8px}
+.lnb .lnb-answer {margin: 2px 0; padding-left: 8px; border-left: 3px solid}
+.lnb .lnb-question, .lnb .lnb-answer {white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate}
+.lnb .lnb-answer b {font-weight: 600; font-size: 12px}
 .lnb .lnb-quiet {color: var(--jp-ui-font-color2, inherit)}
 .lnb .lnb-alert {border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; overflow-wrap: anywhere}
-.lnb table {border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 13px}
-.lnb th, .lnb td {text-align: left; vertical-align: top; padding: 4px 8px; border-bottom: 1px solid var(--jp-border-color2, #8885)}
-.lnb td {white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate}
 .lnb progress {width: 100%; height: 8px; accent-color: #1f83c4}
 .lnb button:focus-visible, .lnb select:focus-visible, .lnb input:focus-visible {outline: 2px solid #1f83c4; outline-offset: 1px}
 </style>'''
@@ -107,7 +112,7 @@ def style_sheet()->widgets.HTML:
     "The style sheet as a widget: the first child of every widget of this package, whose box has the class `lnb`."
     return widgets.HTML(STYLE, layout=widgets.Layout(display='none'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #60d6e51a
+# %% ../../nbs/api/12_widgets_look.ipynb #3ffb443f
 class Library(anywidget.AnyWidget):
     "Plotly's widget program, sent to the page once and used by every `Picture` there."
     _esm = 'export default {render() {}}'
@@ -130,20 +135,32 @@ async function program(model) {
   for (let tries = 0; ; tries++) {
     try {
       const library = await model.widget_manager.get_model(model.get("_library"));
-      if (library) return URL.createObjectURL(new Blob([library.get("code")], {type: "text/javascript"}));
-    } catch (error) { if (tries > 200) throw error; }
+      if (library) return await import(URL.createObjectURL(new Blob([library.get("code")], {type: "text/javascript"})));
+    } catch (error) { if (tries > 600) throw error; }
     await new Promise(done => setTimeout(done, 50));
   }
 }
+const orders = ["restyle", "relayout", "update", "addTraces", "deleteTraces", "moveTraces"].map(name => "_py2js_" + name);
+
 export default () => {
-  let inner;
+  let figure, ready;
   return {
-    async initialize(context) {
-      globalThis.loraNbPlotly ??= program(context.model).then(url => import(url));
-      inner = (await globalThis.loraNbPlotly).default();
-      return inner.initialize(context);
+    initialize(context) {   // returns at once: anywidget waits two seconds and no longer
+      const model = context.model, early = [];
+      const record = orders.map(name => [name, () => { if (model.get(name) !== null) early.push([name, model.get(name)]); }]);
+      for (const [name, note] of record) model.on("change:" + name, note);
+      globalThis.loraNbPlotly ??= program(model);
+      ready = globalThis.loraNbPlotly.then(plotly => {
+        for (const [name, note] of record) model.off("change:" + name, note);
+        figure = plotly.default();
+        figure.initialize(context);
+        for (const [name, order] of early) { model.set(name, order); model.set(name, null); }
+      });
     },
-    render(context) { return inner.render(context); },
+    async render(context) {
+      await ready;
+      return figure.render(context);
+    },
   };
 };
 """
@@ -152,42 +169,52 @@ export default () => {
     @default('_library')
     def _default_library(self): return Library.get().model_id
 
+    def __init__(self, data=None, layout=None, config=None):
+        self._whole = False
+        super().__init__(data, layout)
+        self._config,self._whole = config or {},True
+        self.open()
+
+    def open(self):
+        "Tell the page, once everything is there: plotly would send an empty figure first and its content after it."
+        if self._whole: super().open()
+
     def get_state(self, key=None, drop_defaults=False):
-        if key is None and hasattr(self, '_layout_obj'): self._trait_values.update(_widget_data=deepcopy(self._data), _widget_layout=deepcopy(self._layout_obj._props))
+        if key is None: self._trait_values.update(_widget_data=deepcopy(self._data), _widget_layout=deepcopy(self._layout_obj._props))
         return super().get_state(key, drop_defaults)
 
 def picture(
     traces,         # plotly traces
     x='', y='',     # axis titles, with units
-    height:int=260, # pixels; the width is the panel's
+    height:int=300, # pixels; the width is the panel's
     **layout        # further plotly layout
 )->Picture:         # drawn without a background
     "A figure in the common look: transparent, thin grid, letters that follow the theme, what the reader zoomed to is kept."
     axis = dict(gridcolor='rgba(128,128,128,.25)', zerolinecolor='rgba(128,128,128,.5)', automargin=True, title_standoff=6)
-    base = dict(template='none', height=height, autosize=True, margin=dict(l=56, r=12, t=8, b=40), uirevision='kept', font=dict(size=11),
+    base = dict(template='none', height=height, autosize=True, margin=dict(l=56, r=12, t=8, b=40), uirevision='kept', font=dict(size=11, family='system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif'),
                 paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(0,0,0,0)', hovermode='x unified', hoverlabel=dict(bgcolor='#333', font_color='#fff'),
-                legend=dict(orientation='h', x=0, y=1.02, yanchor='bottom', bgcolor='rgba(0,0,0,0)'), xaxis={**axis, 'title':dict(text=x)}, yaxis={**axis, 'title':dict(text=y)})
-    fig = Picture(traces, go.Layout(base).update(layout))
-    fig._config = dict(responsive=True, displaylogo=False, displayModeBar=False)
-    return fig
+                showlegend=False, xaxis={**axis, 'title':dict(text=x)}, yaxis={**axis, 'title':dict(text=y)})
+    return Picture(traces, go.Layout(base).update(layout), dict(responsive=True, displaylogo=False, displayModeBar=False))
 
-def panel(
-    *children, # widgets under the heading
-    wide=False # take a whole row of the grid
-)->widgets.VBox:
+def panel(*children)->widgets.VBox:
     "A framed box of a widget's grid."
-    box = widgets.VBox(children, layout=widgets.Layout(grid_column='1 / -1' if wide else None, min_width='0'))
-    return box.add_class('lnb-panel')
+    return widgets.VBox(children, layout=widgets.Layout(min_width='0')).add_class('lnb-panel')
 
-def heading(title:str, now:str='')->str:
-    "A panel's heading as HTML: its title and, at the right, the latest value in words (which a screen reader reads out too)."
-    return f'<h3 class="lnb-head">{as_text(title)} <span>{as_text(now)}</span></h3>'
+def heading(
+    title:str,   # of a panel
+    now:str='',  # the latest value in words, at the right (a screen reader reads it out too)
+    legend=None  # {name: colour}, or {name: (colour, value in words)}
+)->str:          # HTML
+    "A panel's heading with its legend. The legend is text and wraps, so its names never lie over each other."
+    item = lambda name,colour,value='': f'<li><i style="background:{colour}"></i>{as_text(name)} {as_text(value)}</li>'
+    items = ''.join(item(name, *([v] if isinstance(v, str) else v)) for name,v in (legend or {}).items())
+    return f'<h3 class="lnb-head">{as_text(title)} <span>{as_text(now)}</span></h3>' + (f'<ul class="lnb-legend">{items}</ul>' if items else '')
 
 def grid(*panels)->widgets.GridBox:
     "Panels side by side, as many in a row as the page has room for."
     return widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, 400px), 1fr))', grid_gap='8px', width='100%'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #c0dff4a8
+# %% ../../nbs/api/12_widgets_look.ipynb #6e3db18a
 class Watcher(anywidget.AnyWidget):
     "Tells whether a page shows the box that it is in: `seen()`."
     _esm = """
@@ -236,13 +263,13 @@ export default {
         "Is the widget in view on some page?"
         return self.last is None or time.monotonic()-self.last<within
 
-# %% ../../nbs/api/12_widgets_look.ipynb #630c3b87
+# %% ../../nbs/api/12_widgets_look.ipynb #0bd3c11d
 def answer_while_busy(*controls):
     "Let the page's messages for these widgets take the second thread that JupyterLab asks for, even while a cell runs."
     for control in controls:
         if hasattr(control.comm, '_reply_subshell_for'): control.comm._reply_subshell_for = lambda data, asked: asked
 
-# %% ../../nbs/api/12_widgets_look.ipynb #897d143a
+# %% ../../nbs/api/12_widgets_look.ipynb #e3277c36
 def still_lines(
     curves:dict,          # name → (x, y, colour)
     x='', y='',           # axis titles
