@@ -6,13 +6,13 @@
 __all__ = ['singular_values', 'effective_rank', 'stable_rank', 'energy_rank', 'frobenius_norm', 'spectral_norm',
            'spectra_by_layer', 'adapter_spectra', 'subspace_similarity']
 
-# %% ../nbs/api/10_spectra.ipynb #871a2b84
+# %% ../nbs/api/10_spectra.ipynb #8d4ba192
 import pandas as pd
 import torch
 from torch import Tensor
-from .lora import thin_svd, weight_2d
+from .lora import thin_svd
 
-# %% ../nbs/api/10_spectra.ipynb #6123cf81
+# %% ../nbs/api/10_spectra.ipynb #45b04dbf
 @torch.no_grad()
 def singular_values(
     A:Tensor,          # (…, r, in)
@@ -25,7 +25,7 @@ def singular_values(
     s = torch.as_tensor(scaling, dtype=core.dtype, device=core.device).abs()
     return torch.linalg.svdvals(core)*(s[...,None] if s.ndim else s)
 
-# %% ../nbs/api/10_spectra.ipynb #0c635c47
+# %% ../nbs/api/10_spectra.ipynb #a9f742e5
 def effective_rank(
     s:Tensor # (…, r) singular values, at least 0
 )->Tensor:   # (…), in [1, r]; 0 where all are zero
@@ -58,7 +58,7 @@ def spectral_norm(s:Tensor)->Tensor: # s (…, r) → (…)
     "‖ΔW‖₂, the largest singular value: the most that ΔW can stretch an input."
     return s.amax(-1)
 
-# %% ../nbs/api/10_spectra.ipynb #cac6cab2
+# %% ../nbs/api/10_spectra.ipynb #16979a80
 @torch.no_grad()
 def spectra_by_layer(
     adapter # an `Adapter`
@@ -87,7 +87,7 @@ def adapter_spectra(
             energy_99=energy_rank(s, .99).item(), values=s.tolist()))
     return pd.DataFrame(rows).set_index('layer')
 
-# %% ../nbs/api/10_spectra.ipynb #3f3bf69e
+# %% ../nbs/api/10_spectra.ipynb #d0a86dd4
 @torch.no_grad()
 def subspace_similarity(
     one:tuple[Tensor,Tensor],   # (A (r1, in), B (out, r1))
