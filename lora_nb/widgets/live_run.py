@@ -9,17 +9,17 @@ __all__ = ['MEMORY', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rate
            'memory_picture', 'fill_memory', 'memory_legend', 'samples_html', 'asker', 'status_text', 'trouble_text',
            'still_html', 'LiveRun']
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #a683eb10
+# %% ../../nbs/api/12_widgets_live_run.ipynb #0f207f46
 import asyncio, difflib, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
 from IPython.display import display, update_display
 from ..memory import held
 from ..spectra import effective_rank, singular_values
-from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, picture,
+from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, parts, picture,
                                   seconds_text, seconds_unit, shrink, still_lines, still_table, style_sheet, thin)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #f2f58e48
+# %% ../../nbs/api/12_widgets_live_run.ipynb #947c44a8
 def of_kind(events, kind:str)->list:
     "The events of one kind, in the order in which they came."
     return [e for e in list(events) if e['kind']==kind]
@@ -37,7 +37,7 @@ def rates_frame(events)->pd.DataFrame:
     cols = ('lr','tokens_per_s','grad_norm')
     return pd.DataFrame({c:[e.get(c, float('nan')) for e in steps] for c in cols}, index=pd.Index([e['step'] for e in steps], name='step'), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #7884be02
+# %% ../../nbs/api/12_widgets_live_run.ipynb #e726555b
 def smooth(
     y,              # (n,) values
     weight:float=.9 # of the past
@@ -58,7 +58,7 @@ def time_left(
     if len(steps)<2: return None
     return float(np.median(np.diff([e['time'] for e in steps])))*max(0, total_steps-steps[-1]['step'])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #e335422f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #70b6b2e0
 def matrices(
     adapter,   # an Adapter
     layer:str  # a key of `adapter.layers`
@@ -83,7 +83,7 @@ def spectrum_frame(
     width = max((len(e['s']) for e in seen), default=0)
     return pd.DataFrame([e['s'] for e in seen], index=pd.Index([e['step'] for e in seen], name='step'), columns=range(1, width+1), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #11374b22
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8f3efc0d
 MEMORY = {'base weights':'base', 'adapter':'adapter', 'gradients':'gradients', 'optimizer':'optimizer', 'activations and rest':'rest'}
 
 def memory_now(run)->dict:
@@ -102,7 +102,7 @@ def sample_frame(events)->pd.DataFrame:
     cols = ['step','question','base','adapter']
     return pd.DataFrame([{c:e.get(c, '') for c in cols} for e in newest.values()], columns=cols)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #b2fd769f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #eb737341
 def loss_picture():
     line = partial(go.Scatter, x=[], y=[], mode='lines')
     return picture([line(name='training, each step', line=dict(color=COLOUR['adapter'], width=1), opacity=.45, hoverinfo='skip'),
@@ -137,7 +137,7 @@ def fill_rates(fig, events):
         trace.x,trace.y = np.array([e['step'] for e in steps], dtype=float)[keep],y[keep]
     return f"{steps[-1]['lr']:.2e} · {np.median([e['tokens_per_s'] for e in steps[-10:]]):,.0f} tokens/s" if steps else ''
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #a59ef580
+# %% ../../nbs/api/12_widgets_live_run.ipynb #3230f0dd
 def spectrum_picture():
     return picture([go.Bar(name='now', x=[], y=[], marker_color=COLOUR['adapter']),
                     go.Scatter(name='at half the steps', x=[], y=[], mode='markers', marker=dict(color=COLOUR['heldout'], symbol='line-ew-open', size=12, line_width=2))],
@@ -178,7 +178,7 @@ def fill_matrices(fig, seen):
         trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(int), y=np.arange(1, len(z)+1))
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #60e09cf3
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8e33cf0d
 def memory_picture():
     return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=COLOUR[c]+'c0') for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
 
@@ -208,7 +208,7 @@ def samples_html(events)->str:
     return '<div class="lnb-scroll" tabindex="0">' + ''.join(f"<div class='lnb-question'>{as_text(r.question)}</div>{answer('Base', 'base', r.base)}{answer(f'With the adapter, step {r.step}', 'adapter', r.adapter)}"
                                                 for r in frame.itertuples()) + '</div>'
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #9bfe3ea5
+# %% ../../nbs/api/12_widgets_live_run.ipynb #5488a380
 def asker(
     questions, # what to ask, again and again
     ask        # ask(model, tok, question) -> answer
@@ -224,7 +224,7 @@ def asker(
         return dict(kind='sample', question=question, base=base[question], adapter=ask(run.model, run.data.tok, question))
     return probe
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #fcf17360
+# %% ../../nbs/api/12_widgets_live_run.ipynb #88feed88
 STATES = dict(running='adapter', paused='B', stopped='base', finished='quantised', failed='heldout')  # the colour of the dot beside the word
 LIVE = 'running','paused'
 
@@ -262,7 +262,7 @@ def still_html(run)->str:
     return ''.join([f'<p><b>{as_text(run.state)}</b> {as_text(status_text(run, events))}</p>', f'<pre>{as_text(trouble)}</pre>' if trouble else '',
                     still_lines(curves, 'step', 'loss (nats per token)'), still_table(rows), still_table(samples)])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #822fa048
+# %% ../../nbs/api/12_widgets_live_run.ipynb #cc7df3c4
 LEGENDS = dict(loss={'training, each step':COLOUR['adapter']+'73', 'training, running mean':COLOUR['adapter'], 'held-out':COLOUR['heldout']},
                spectrum={'now':COLOUR['adapter'], 'at half the steps':COLOUR['heldout']})
 
@@ -279,7 +279,7 @@ class LiveRun(widgets.VBox):
     ):
         self.run,self.every,self.questions,self.ask_every = run,every,list(questions),ask_every
         self._lock,self._read,self._events,self._seen,self._cancels = threading.RLock(),0,{},None,[]
-        self._due,self._next,self._dirty,self._shown,self._closed,self._ended = False,0.,True,None,False,False
+        self._due,self._next,self._shown,self._closed,self._ended = False,0.,None,True,False
         try: self._loop = asyncio.get_running_loop()
         except RuntimeError: self._loop = None
         self.layers = list(getattr(run.adapter, 'layers', ()) or dict.fromkeys(e['layer'] for e in of_kind(run.events, 'spectrum')))
@@ -289,10 +289,11 @@ class LiveRun(widgets.VBox):
         super().__init__([style_sheet(), self.watcher, self._top, self._trouble, self._grid])
         self.add_class('lnb')
         answer_while_busy(*self.buttons.values(), self.watcher)
-        self._off = [run.subscribe(self._happened)] + ([run.while_waiting(self._waiting)] if hasattr(run, 'while_waiting') else [])
+        self._off = [run.subscribe(self._wake)] + ([run.while_waiting(self._waiting)] if hasattr(run, 'while_waiting') else [])
+        self._closed = False
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #d10ba847
+# %% ../../nbs/api/12_widgets_live_run.ipynb #b191b01c
 def _build(self:LiveRun):
     self.figures = {name:make() for name,make in self.PICTURES.items()}
     self.watcher = Watcher(self._wake)
@@ -313,7 +314,7 @@ def _build(self:LiveRun):
     self._grid = grid(*(panel(self._heads[n], *extra.get(n, []), f) for n,f in self.figures.items()), panel(widgets.HTML(heading('Answers')), self._samples))
 LiveRun._build = _build
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #c421ea30
+# %% ../../nbs/api/12_widgets_live_run.ipynb #573f35b4
 def _news(self:LiveRun)->set:
     "Sort the events that came since the last call; returns their kinds."
     new = self.run.events[self._read:]
@@ -356,12 +357,11 @@ def _draw_state(self:LiveRun):
         if self.buttons[name].disabled!=off: self.buttons[name].disabled = off
 LiveRun._draw_state = _draw_state
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #2029434a
+# %% ../../nbs/api/12_widgets_live_run.ipynb #49d760c1
 def refresh(self:LiveRun, everything=False)->LiveRun:
     "Draw what is new (or everything), now, in this thread."
     with self._lock:
         start,over = time.monotonic(),self.run.state not in LIVE
-        self._dirty = False
         if over and not self._ended: self._last_look()
         kinds = self._news()
         if everything or not self._next: kinds |= {'step','spectrum','memory','sample'}
@@ -386,12 +386,7 @@ def _stale_spectrum(self:LiveRun):
     return was!=self._drawn
 LiveRun._stale_spectrum = _stale_spectrum
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #ffaba632
-def _happened(self:LiveRun, event):
-    self._dirty = True
-    self._wake()
-LiveRun._happened = _happened
-
+# %% ../../nbs/api/12_widgets_live_run.ipynb #bdaac7a1
 def _wake(self:LiveRun, *_):
     "Ask the kernel's loop to draw; from any thread."
     if self._due or self._closed or self._loop is None: return
@@ -411,7 +406,8 @@ def _tick(self:LiveRun):
 LiveRun._tick = _tick
 
 def _waiting(self:LiveRun):
-    if not self._closed and time.monotonic()>=self._next: self._tick()
+    last = self.run.state not in LIVE and not self._ended
+    if not self._closed and (last or time.monotonic()>=self._next): self._tick()
 LiveRun._waiting = _waiting
 
 def watched(self:LiveRun)->bool:
@@ -419,7 +415,7 @@ def watched(self:LiveRun)->bool:
     return not self._closed and (self.watcher.last is not None or self._shown is not None) and self.watcher.seen()
 LiveRun.watched = watched
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #863df179
+# %% ../../nbs/api/12_widgets_live_run.ipynb #bea12c0c
 def _look(self:LiveRun, run):
     "The probe: keeps the copies of A and B here and publishes the small part."
     if self.layer is None: return None
@@ -463,7 +459,7 @@ def _end(self:LiveRun):
     if self._shown: update_display(self._bundle(), raw=True, display_id=self._shown)
 LiveRun._end = _end
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #e9952f9d
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8c35cd29
 def _press(self:LiveRun, name, _):
     getattr(self.run, name)()
     for b in (self.buttons.values() if name=='stop' else [self.buttons[name]]): b.disabled = True
@@ -495,17 +491,15 @@ LiveRun.__repr__ = lambda self: f'LiveRun, {self.run.state}: {status_text(self.r
 
 def close(self:LiveRun):
     "Take the widget off the page and stop listening; the run goes on."
-    if getattr(self, '_closed', True): return super(LiveRun, self).close()
-    self._closed = True
-    self._unwatch()
-    for off in self._off: off()
-    parts = [self._grid, self._top, *self.children, *self._top.children]
-    for p in self._grid.children: parts += [p, *p.children]
-    for part in parts: part.close()
+    if not getattr(self, '_closed', True):
+        self._closed = True
+        self._unwatch()
+        for off in self._off: off()
+        for part in parts(self): part.close()
     super(LiveRun, self).close()
 LiveRun.close = close
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #5f6c7d4f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #d79fbdc6
 def _known(name, names):
     if name not in names: raise KeyError(f"{name!r}: expected one of {', '.join(map(repr, names))}")
     return name

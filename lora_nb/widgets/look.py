@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text', 'seconds_text', 'seconds_unit', 'thin',
-           'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'Watcher',
+           'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'parts', 'Watcher',
            'answer_while_busy', 'still_lines', 'still_table']
 
-# %% ../../nbs/api/12_widgets_look.ipynb #0f1a1ed4
+# %% ../../nbs/api/12_widgets_look.ipynb #aac04dfd
 import html, time
 import anywidget, ipywidgets as widgets, numpy as np, plotly.graph_objects as go
 from copy import deepcopy
 from plotly.basewidget import BaseFigureWidget
 from traitlets import Unicode, default
 
-# %% ../../nbs/api/12_widgets_look.ipynb #3bf1b7f1
+# %% ../../nbs/api/12_widgets_look.ipynb #5fb7cf86
 COLOUR = dict(base='#808080', adapter='#1f83c4', heldout='#d55e00', A='#b2639a', B='#b87a00', quantised='#009373',
               gradients='#8a6fd1', optimizer='#a5713d', rest='#6f8494')
 
 DIVERGING = [[0,'rgb(5,90,160)'], [.25,'rgba(50,140,200,.75)'], [.5,'rgba(128,128,128,.06)'], [.75,'rgba(225,125,30,.75)'], [1,'rgb(190,70,0)']]
 
-# %% ../../nbs/api/12_widgets_look.ipynb #88b7987a
+# %% ../../nbs/api/12_widgets_look.ipynb #27ed3667
 _hidden = {c: f'\\u{c:04x}' for c in [*range(0x80,0xa0), 0x61c, 0x200b, 0x200e, 0x200f, *range(0x202a,0x202f), *range(0x2066,0x206a), 0xfeff]}
 _hidden |= {c: f'\\x{c:02x}' for c in [*range(32), 127] if chr(c) not in '\n\t'}
 
@@ -33,7 +33,7 @@ def as_text(
     more = f'\u2026 ({len(s)-limit:,} more characters)' if len(s)>limit else ''
     return html.escape(s[:limit].translate(_hidden)) + more
 
-# %% ../../nbs/api/12_widgets_look.ipynb #2dcd1b94
+# %% ../../nbs/api/12_widgets_look.ipynb #a7b629be
 def bytes_unit(
     most:float # the greatest number of bytes to show
 )->tuple:      # (divisor, unit's name)
@@ -60,7 +60,7 @@ def seconds_unit(
     "The unit for a time axis that reaches `most` seconds."
     return (1,'s') if most<180 else (60,'min') if most<3*3600 else (3600,'h')
 
-# %% ../../nbs/api/12_widgets_look.ipynb #4cba08a8
+# %% ../../nbs/api/12_widgets_look.ipynb #310e3703
 def thin(
     y,           # (n,) values
     keep:int=1500 # points that are left, at most
@@ -85,7 +85,7 @@ def shrink(
         M = np.where(hi>=-lo, hi, lo)
     return M
 
-# %% ../../nbs/api/12_widgets_look.ipynb #a56c99d9
+# %% ../../nbs/api/12_widgets_look.ipynb #4ed8d3a1
 STYLE = '''<style>
 .lnb {color: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)); font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; overflow: hidden}
 .lnb .widget-html-content, .lnb .jupyter-widgets.widget-html-content {line-height: 1.45; color: inherit; white-space: normal}
@@ -112,7 +112,7 @@ def style_sheet()->widgets.HTML:
     "The style sheet as a widget: the first child of every widget of this package, whose box has the class `lnb`."
     return widgets.HTML(STYLE, layout=widgets.Layout(display='none'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #3ffb443f
+# %% ../../nbs/api/12_widgets_look.ipynb #85455d37
 class Library(anywidget.AnyWidget):
     "Plotly's widget program, sent to the page once and used by every `Picture` there."
     _esm = 'export default {render() {}}'
@@ -214,7 +214,18 @@ def grid(*panels)->widgets.GridBox:
     "Panels side by side, as many in a row as the page has room for."
     return widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, 400px), 1fr))', grid_gap='8px', width='100%'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #6e3db18a
+# %% ../../nbs/api/12_widgets_look.ipynb #50fca494
+def parts(
+    widget # any widget
+)->list:   # the widgets in it, at any depth: children, layouts, styles
+    "What must be closed together with `widget`."
+    inside = []
+    for value in list(widget._trait_values.values()):
+        for w in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(w, widgets.Widget): inside += [w, *parts(w)]
+    return inside
+
+# %% ../../nbs/api/12_widgets_look.ipynb #e1df2eb6
 class Watcher(anywidget.AnyWidget):
     "Tells whether a page shows the box that it is in: `seen()`."
     _esm = """
@@ -263,13 +274,13 @@ export default {
         "Is the widget in view on some page?"
         return self.last is None or time.monotonic()-self.last<within
 
-# %% ../../nbs/api/12_widgets_look.ipynb #0bd3c11d
+# %% ../../nbs/api/12_widgets_look.ipynb #674a59e6
 def answer_while_busy(*controls):
     "Let the page's messages for these widgets take the second thread that JupyterLab asks for, even while a cell runs."
     for control in controls:
         if hasattr(control.comm, '_reply_subshell_for'): control.comm._reply_subshell_for = lambda data, asked: asked
 
-# %% ../../nbs/api/12_widgets_look.ipynb #e3277c36
+# %% ../../nbs/api/12_widgets_look.ipynb #714debfb
 def still_lines(
     curves:dict,          # name → (x, y, colour)
     x='', y='',           # axis titles

@@ -1,0 +1,282 @@
+"LiveRun without a browser: its functions against a real run, its threads, its probes, its still picture."
+import asyncio, gc, re, threading, time
+import numpy as np, pandas as pd, pytest, torch
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from live_tiny import tiny_run, tiny_trainer
+from lora_nb.widgets import live_run as lr
+from lora_nb.widgets.live_run import LiveRun, matrices
+from lora_nb.widgets.look import as_text, seconds_text, shrink, thin
+
+HOSTILE = ['<script>alert(1)</script>', '<img src=x onerror=alert(1)>', '"><svg onload=alert(1)>', "'; alert(1) //", '&lt;b&gt;', '\x1b[31mred\x1b[0m', '\x00\x07', 'a\u202egnp.exe', '\u2066\u2069', '{{7*7}}', '$x^2$', 'x'*100_000]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory): return tiny_run(tmp_path_factory.mktemp('r')/'run', epochs=6).wait(progress=False)
+
+
+class Parts(HTMLParser):
+    "The tags and the text of a piece of HTML."
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = [], ''
+        self.feed(html)
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+    def handle_data(self, data): self.text += data
+
+
+def until(true, seconds=10):
+    end = time.monotonic()+seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(.01)
+
+
+# What is drawn is what the run published
+
+def test_pictures_and_tables_hold_the_runs_numbers(finished):
+    live = LiveRun(finished)
+    log = finished.log.set_index('step')
+    assert np.array_equal(live.figure('loss').data[0].x, log.index) and np.array_equal(live.figure('loss').data[0].y, log.loss)
+    assert np.array_equal(live.figure('loss').data[2].y, finished.evals.loss)
+    assert np.array_equal(live.figure('rates').data[0].y, log.lr) and np.array_equal(live.figure('rates').data[1].y, log.tokens_per_s)
+    assert live.data('loss').training.dropna().tolist()==log.loss.tolist() and live.data('loss').held_out.dropna().tolist()==finished.evals.loss.tolist()
+    layer = finished.adapter.layers[live.layer]
+    assert np.array_equal(live.data('A'), layer.A['default'].detach()) and np.array_equal(live.data('B'), layer.B['default'].detach())
+    s = torch.linalg.svdvals(layer.delta('default').double())[:4]
+    assert np.allclose(live.figure('spectrum').data[0].y, s, rtol=1e-4)
+    assert np.allclose(live.figure('matrices').data[1].z, layer.B['default'].detach().T)
+    memory = live.data('memory').iloc[-1]
+    shown = [float(trace.y[-1]) for trace in live.figure('memory').data]
+    assert np.allclose(np.array(shown)/sum(shown), memory[[t.name for t in live.figure('memory').data]]/memory.sum())
+
+
+def test_every_layer_can_be_chosen(finished):
+    live = LiveRun(finished)
+    assert list(live.choose.options)==list(finished.adapter.layers) and len(live.layers)==14
+    for name in live.layers:
+        live.choose.value = name
+        assert np.array_equal(live.data('A'), finished.adapter.layers[name].A['default'].detach())
+        assert np.allclose(live.figure('spectrum').data[0].y, matrices(finished.adapter, name)['s'])
+
+
+def test_the_slider_looks_back(finished):
+    live = LiveRun(finished)
+    live._events['spectrum'] = [dict(kind='spectrum', layer=live.layer, step=i, time=i, s=[float(i)]*4) for i in range(5)]
+    live.refresh(everything=True)
+    assert (live.when.max, live.when.value)==(4, 4) and live.figure('spectrum').data[0].y[0]==4
+    live.when.value = 1
+    assert live.figure('spectrum').data[0].y[0]==1
+    live._events['spectrum'].append(dict(kind='spectrum', layer=live.layer, step=5, time=5, s=[5.]*4))
+    live.refresh(everything=True)
+    assert live.when.value==1 and live.when.max==5          # a reader who looks back is not pulled forward
+
+
+def test_unknown_names_are_answered_with_the_known(finished):
+    with pytest.raises(KeyError, match="'model.layers.0.self_attn.q_proj'.*all 14"): LiveRun(finished, layer='layers.0.q_prj')
+    for method in ('figure', 'data'):
+        with pytest.raises(KeyError, match="'los'.*'loss'"): getattr(LiveRun(finished), method)('los')
+
+
+def test_matrices_are_copies_on_the_cpu(finished):
+    layer = finished.adapter.layers['model.layers.0.mlp.up_proj']
+    seen = matrices(finished.adapter, 'model.layers.0.mlp.up_proj')
+    was = seen['A'].copy()
+    with torch.no_grad(): layer.A['default'].mul_(2)
+    try: assert np.array_equal(seen['A'], was)
+    finally:
+        with torch.no_grad(): layer.A['default'].div_(2)
+
+
+# Threads
+
+async def in_a_loop(tmp_path, body, **settings):
+    run = tiny_run(tmp_path/'run', **dict(pace=.02, epochs=60) | settings)
+    try: return await body(run, LiveRun(run))
+    finally:
+        run.stop()
+        await asyncio.to_thread(run._done.wait, 20)
+
+
+def test_draws_in_the_kernels_loop_only_and_not_too_often(tmp_path, monkeypatch):
+    drawn = []
+    fill = lr.fill_loss
+    monkeypatch.setattr(lr, 'fill_loss', lambda fig, events: (drawn.append((threading.current_thread(), time.monotonic())), fill(fig, events))[1])
+    async def body(run, live):
+        live._shown = 'somewhere'
+        await asyncio.sleep(3)
+        return len(run.log)
+    steps = asyncio.run(in_a_loop(tmp_path, body))
+    assert {t for t,_ in drawn}=={threading.main_thread()} and steps > 20
+    gaps = np.diff([t for _,t in drawn][1:])
+    assert 3 <= len(drawn) <= 9 and gaps.min() > .35
+
+
+def test_no_probe_while_nobody_watches(tmp_path):
+    async def body(run, live):
+        await asyncio.sleep(.6)
+        assert not run._probes and not lr.of_kind(run.events, 'spectrum')     # made, not displayed
+        live.watcher._message(None, {}, [])                                   # a page speaks
+        await asyncio.sleep(1.2)
+        assert len(run._probes)==2 and lr.of_kind(run.events, 'spectrum') and lr.of_kind(run.events, 'memory')
+        live.watcher.last -= 60                                               # and falls silent
+        until(lambda: run.state=='running')
+        await asyncio.sleep(1.5)
+        assert not run._probes
+        live.watcher._message(None, {}, [])
+        await asyncio.sleep(1.2)
+        assert len(run._probes)==2
+    asyncio.run(in_a_loop(tmp_path, body))
+
+
+def test_closing_leaves_nothing_behind(tmp_path):
+    from ipywidgets.widgets.widget import _instances
+    async def body(run, _):
+        _.close()
+        subs, open_now = len(run._subs), len(_instances)
+        for i in range(10):
+            live = LiveRun(run)
+            live._shown = str(i)
+            live._watch()
+            assert len(run._subs)==subs+1 and len(run._probes)==2 and len(run._waiting)==1
+            live.close()
+            live.close()
+        assert len(run._subs)==subs and not run._probes and not run._waiting
+        assert len(_instances) <= open_now+1                                  # the library of plotly's program
+        assert run.state=='running'
+    asyncio.run(in_a_loop(tmp_path, body))
+
+
+def test_buttons_steer_the_run(tmp_path):
+    async def body(run, live):
+        async def becomes(state):
+            for _ in range(100):
+                if run.state==state: return live.refresh()
+                await asyncio.sleep(.05)
+            raise AssertionError(run.state)
+        live.buttons['pause'].click()
+        assert live.buttons['pause'].disabled and 'Pausing' in live._line.value
+        await becomes('paused')
+        step = run.step
+        assert 'paused' in live._state.value and live.buttons['pause'].disabled and not live.buttons['resume'].disabled
+        await asyncio.sleep(.5)
+        assert run.step==step
+        live.buttons['resume'].click()
+        await becomes('running')
+        await asyncio.sleep(.5)
+        assert run.step > step
+        live.buttons['stop'].click()
+        await becomes('stopped')
+        assert all(b.disabled for b in live.buttons.values()) and run.checkpoint.is_dir() and live._wake not in run._subs and not run._waiting
+    asyncio.run(in_a_loop(tmp_path, body))
+
+
+def test_a_blocking_wait_draws(tmp_path):
+    drawn = []
+    async def body(run, live):
+        live._shown = 'somewhere'
+        refresh = live.refresh
+        live.refresh = lambda *a, **k: (drawn.append(run.step), refresh(*a, **k))[1]
+        run.wait(progress=False)                    # blocks this loop
+        assert len(set(drawn)) >= 3 and drawn[-1]==run.step and 'finished' in live._state.value
+        assert len(live.data('memory')) >= 2 and len(live.data('spectrum')) >= 3
+    asyncio.run(in_a_loop(tmp_path, body, epochs=20))
+
+
+def test_without_a_loop_it_draws_on_demand(tmp_path):
+    run = tiny_run(tmp_path/'run', epochs=3)
+    live = LiveRun(run)
+    assert live._loop is None
+    run.wait(progress=False)
+    assert len(live.data('loss').training.dropna())==run.step==15 and 'finished' in live._state.value
+
+
+def test_a_loop_that_ended_does_not_hurt_the_run(tmp_path):
+    async def make(): return LiveRun(tiny_run(tmp_path/'run', pace=.02, epochs=6))
+    live = asyncio.run(make())
+    live.run.wait(progress=False)
+    assert live.run.state=='finished' and not lr.of_kind(live.run.events, 'warning') and len(live.data('loss')) > 5
+
+
+# Failure and hostile text
+
+def test_the_workers_error_is_said_in_words(tmp_path):
+    trainer = tiny_trainer(tmp_path/'run', epochs=200)
+    with torch.no_grad(): next(trainer.adapter.parameters()).fill_(float('nan'))
+    run = trainer.start()
+    with pytest.raises(FloatingPointError): run.wait(progress=False)
+    live = LiveRun(run)
+    said = Parts(live._trouble.value)
+    assert 'NonFiniteLoss' in said.text and 'failed at step' in said.text and said.tags[0][1]['role']=='alert'
+    assert all(b.disabled for b in live.buttons.values()) and 'NonFiniteLoss' in Parts(lr.still_html(run)).text
+
+
+def test_a_broken_probe_does_not_hurt_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(lr, 'matrices', lambda *a: 1/0)
+    async def body(run, live):
+        live._shown = 'somewhere'
+        live._watch()
+        await asyncio.sleep(1.5)
+        assert run.state=='running' and 'ZeroDivisionError' in live._trouble.value
+    asyncio.run(in_a_loop(tmp_path, body))
+
+
+@pytest.mark.parametrize('text', HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_text(text):
+    event = dict(kind='sample', step=1, time=1., question=text, base=text, adapter=text)
+    run = SimpleNamespace(state='failed', error=ValueError(text), step=1, total_steps=2, events=[event, dict(kind='checkpoint', path=text, time=1., step=1), dict(kind='warning', text=text, time=1., step=1)])
+    for html in (lr.samples_html([event]), lr.still_html(run)):
+        parts = Parts(html)
+        assert {t for t,_ in parts.tags} <= set('div span b p pre table thead tbody tr th td'.split())
+        assert not any(k.startswith('on') or k in ('src','href') for _,attrs in parts.tags for k in attrs)
+        assert len(html) < 60_000
+        if len(text)<1000 and text.isprintable(): assert text in parts.text
+        assert not re.search('[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]', html)
+
+
+# Plain helpers
+
+def test_thin_and_shrink_keep_what_stands_out():
+    y = np.zeros(50_000)
+    y[33_333], y[44_444] = 9, -9
+    kept = thin(y, 1000)
+    assert {33_333, 44_444} <= set(kept) and len(kept) <= 1000 and (np.diff(kept) > 0).all()
+    M = np.zeros((8, 4096))
+    M[2, 4000], M[5, 1] = -3, 2
+    small = shrink(M, 100)
+    assert small.shape==(8, 100) and small.min()==-3 and small.max()==2 and np.array_equal(shrink(np.eye(5), 9), np.eye(5))
+
+
+def test_time_left_ignores_a_pause():
+    steps = [dict(kind='step', step=i, time=t) for i,t in enumerate([0, 2, 4, 500, 502, 504])]
+    assert lr.time_left(steps, 15)==20 and lr.time_left(steps[:1], 15) is None and seconds_text(20)=='20 s'
+
+
+def test_two_thousand_steps_are_drawn_in_a_fraction_of_a_second(finished):
+    live = LiveRun(finished)
+    for i in range(2000):
+        live._events['step'].append(dict(kind='step', step=i, time=i/10, loss=1/(i+1), lr=1e-4, tokens_per_s=1e3, grad_norm=1.))
+        live._events['spectrum'].append(dict(kind='spectrum', layer=live.layer, step=i, time=i/10, s=[1.]*4))
+    times = []
+    for _ in range(5):
+        t = time.perf_counter()
+        live.refresh(everything=True)
+        times.append(time.perf_counter()-t)
+    assert min(times) < .2
+
+
+def test_saved_notebook_shows_the_last_state(tmp_path):
+    "nbconvert's HTML of a notebook that ran without a page: no widget there, but the numbers and the curve."
+    import nbformat
+    from nbclient import NotebookClient
+    from nbconvert import HTMLExporter
+    tests = str(__import__('pathlib').Path(__file__).parent)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (
+        f"import sys; sys.path.insert(0, {tests!r})\nfrom live_tiny import tiny_run\nfrom lora_nb.widgets.live_run import LiveRun\nrun = tiny_run('run', pace=.02, epochs=4)\nLiveRun(run)",
+        "run.wait(progress=False)\nprint(f'{run.log.loss.iloc[-1]:.6f}')")])
+    NotebookClient(nb, timeout=120, store_widget_state=False, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    output = nb.cells[0].outputs[-1]
+    assert 'application/vnd.jupyter.widget-view+json' in output.data
+    assert 'finished' in output.data['text/html'] and 'step 20 of 20' in output.data['text/html'] and '<svg' in output.data['text/html']
+    html, _ = HTMLExporter().from_notebook_node(nb)
+    assert 'step 20 of 20' in html and 'LiveRun, finished' not in html
