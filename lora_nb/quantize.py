@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4', 'dynamic_map', 'QuantizedTensor', 'quantize']
 
-# %% ../nbs/api/02_quantize.ipynb #08ff423e
-import ctypes, json, math
+# %% ../nbs/api/02_quantize.ipynb #4359c1fd
+import ctypes, json, math, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
 from .codebook import Codebook, nf4, fp4, int4
 
-# %% ../nbs/api/02_quantize.ipynb #62808986
+# %% ../nbs/api/02_quantize.ipynb #62440950
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
@@ -34,7 +34,7 @@ class QuantConfig:
         scale = 8 + 32/NESTED_BLOCKSIZE if self.double else 32
         return 4 + scale/self.blocksize
 
-# %% ../nbs/api/02_quantize.ipynb #d58a5624
+# %% ../nbs/api/02_quantize.ipynb #f52a1143
 def NF4(blocksize:int=64, double:bool=False)->QuantConfig:
     "4-bit NormalFloat. `double`: quantise the scales too."
     return QuantConfig(nf4, blocksize, double)
@@ -47,7 +47,7 @@ def INT4(blocksize:int=64, double:bool=False)->QuantConfig:
     "Symmetric 4-bit integers, -7 to 7 times absmax/7. `double`: quantise the scales too."
     return QuantConfig(int4, blocksize, double)
 
-# %% ../nbs/api/02_quantize.ipynb #a229e0da
+# %% ../nbs/api/02_quantize.ipynb #51059671
 @lru_cache(maxsize=256)
 def _bins(book, device):
     "Scale h, shift c, borders below bin trunc(h·x + c) (uint8), the border inside it (float32, 2 where none); None if the levels lie too close."
@@ -74,7 +74,7 @@ def _ranks(
     rank += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
     return rank
 
-# %% ../nbs/api/02_quantize.ipynb #e36602f5
+# %% ../nbs/api/02_quantize.ipynb #cff5cc76
 def _bad_weights(weight, name):
     n, inf = int(torch.isnan(weight).sum()), int(torch.isinf(weight).sum())
     return ValueError(f"{name or 'weight'} {tuple(weight.shape)}: {n} NaN and {inf} infinite of {weight.numel()} values. "
@@ -127,7 +127,7 @@ def _quantize_torch(
         _pack(torch.nn.functional.pad(rest/m, (0, len(rest) % 2)), book, packed[full*blocksize//2:])
     return packed, absmax
 
-# %% ../nbs/api/02_quantize.ipynb #627a4f16
+# %% ../nbs/api/02_quantize.ipynb #d19bbb77
 @lru_cache(maxsize=8)
 def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, from -0.993 to 1
     "The signed dynamic 8-bit type (arXiv 1511.04561): decade i below 1 holds 2**(6-i) steps on each side of 0, and 0 and 1 are added."
@@ -137,7 +137,7 @@ def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, fr
         half += (10**(i-6)*((edges[:-1] + edges[1:])/2)).tolist()
     return torch.tensor(sorted(half + [-v for v in half] + [0., 1.]), dtype=torch.float32).to(device)
 
-# %% ../nbs/api/02_quantize.ipynb #c6e14699
+# %% ../nbs/api/02_quantize.ipynb #a5f2414d
 @lru_cache(maxsize=8)
 def _scale_cells(device):
     "(65536,) uint8: the code of `dynamic_map` nearest to the middle of each cell of [-1, 1]."
@@ -162,12 +162,7 @@ def _quantize_scales(
     code[absmax == 0] = 0
     return code.flatten()[:n], absmax, offset
 
-def _dequantize_scales(codes, nested_absmax, offset, table=None):
-    "(n,) float32 scales from their 8-bit codes."
-    each = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:codes.numel()]
-    return (dynamic_map(str(codes.device)) if table is None else table).index_select(0, codes.int())*each + offset
-
-# %% ../nbs/api/02_quantize.ipynb #263cecc2
+# %% ../nbs/api/02_quantize.ipynb #4b133883
 @lru_cache(maxsize=256)
 def _pairs(book, device):
     "(256,) int64; each holds the two float32 levels of a byte, the high nibble's first in memory."
@@ -194,29 +189,29 @@ def _dequantize_torch(
     _each_chunk(some, n, chunk, packed.device)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #8adf3a29
+# %% ../nbs/api/02_quantize.ipynb #b8db8b23
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+def _call(fn, *args): fn(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in args))
+
+def _native(name, want, *args):
+    "bitsandbytes' CPU function `name`, if it is there and `name(*args)` fills a tensor like `want` with want's values; else None. args hold None for the result."
+    try:
+        from bitsandbytes.cextension import lib
+        fn, got = getattr(lib, name), torch.zeros_like(want)
+        _call(fn, *(got if a is None else a for a in args))
+    except (ImportError, AttributeError, RuntimeError, OSError): return None
+    return fn if torch.equal(got, want) else None
 
 @lru_cache(maxsize=32)
 def _kernel(book, dtype):
-    "bitsandbytes' C function that dequantises `book` to `dtype` on the CPU, or None where it is missing or differs from the reference."
+    "bitsandbytes' CPU kernel from `book` to `dtype`; None where it is missing or differs from the reference."
     if book not in (nf4, fp4) or dtype not in _TYPES: return None
-    try:
-        from bitsandbytes.cextension import lib
-        fn = getattr(lib, f"cdequantize_blockwise_cpu_{book.name}_{_TYPES[dtype]}")
-    except (ImportError, AttributeError, RuntimeError, OSError): return None
-    packed, scales = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(2), torch.tensor([1., .37, 65504., 1e-38, 3e38, 2.5, 0., 1e-6])
-    try: got = _call(fn, packed, scales, 128, torch.empty(1024, dtype=dtype))
-    except Exception: return None
+    packed, scales = torch.arange(512).to(torch.uint8), torch.tensor([1., .37, 65504., 1e-38, 3e38, 2.5, 0., 1e-6])
     want = _dequantize_torch(packed, scales, book, 128, torch.empty(1024, dtype=dtype))
-    return fn if torch.equal(got, want) else None
+    return _native(f"cdequantize_blockwise_cpu_{book.name}_{_TYPES[dtype]}", want, packed, scales, None, 128, 8, 128)
 
-def _call(fn, packed, scales, blocksize, out):
-    ptr, num = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_longlong
-    fn(ptr(packed), ptr(scales), ptr(out), num(blocksize), num(out.numel()//blocksize), num(blocksize))
-    return out
-
-# %% ../nbs/api/02_quantize.ipynb #31380b03
+# %% ../nbs/api/02_quantize.ipynb #fe2ec7a4
 def _dequantize(
     packed:torch.Tensor, # (ceil(n/2), 1) uint8
     scales:torch.Tensor, # (blocks,) float32
@@ -229,14 +224,49 @@ def _dequantize(
     full = n//blocksize*blocksize
     if full and out.is_cuda and book in (nf4, fp4) and out.dtype in _TYPES:
         import bitsandbytes
-        torch.ops.bitsandbytes.dequantize_4bit.out(packed[:, None], scales, blocksize, book.name, [n], out.dtype, out=out)
-    elif full and not out.is_cuda and out.device.type == "cpu" and (fn := _kernel(book, out.dtype)):
-        _call(fn, packed, scales, blocksize, out[:full])
+        torch.ops.bitsandbytes.dequantize_4bit.out(packed[:,None], scales, blocksize, book.name, [n], out.dtype, out=out)
+    elif full and out.device.type == "cpu" and (fn := _kernel(book, out.dtype)):
+        _call(fn, packed, scales, out, blocksize, full//blocksize, blocksize)
         if full < n: _dequantize_torch(packed[full//2:], scales[full//blocksize:], book, blocksize, out[full:])
     elif n: _dequantize_torch(packed, scales, book, blocksize, out)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #2315e1bb
+# %% ../nbs/api/02_quantize.ipynb #59ce9a80
+def _dequantize_scales_torch(codes, nested_absmax, table):
+    v, full = table.index_select(0, codes.int()), codes.numel()//NESTED_BLOCKSIZE*NESTED_BLOCKSIZE
+    v[:full].view(-1, NESTED_BLOCKSIZE).mul_(nested_absmax[:full//NESTED_BLOCKSIZE,None])
+    if full < v.numel(): v[full:].mul_(nested_absmax[-1])
+    return v
+
+@lru_cache(maxsize=1)
+def _scales_kernel():
+    codes, nested, table = torch.arange(512).to(torch.uint8), torch.tensor([.37, 1e-38]), dynamic_map()
+    return _native("cdequantize_blockwise_cpu_fp32", _dequantize_scales_torch(codes, nested, table), table, codes, nested, None, NESTED_BLOCKSIZE, 512)
+
+def _dequantize_scales(
+    codes:torch.Tensor,         # (n,) uint8
+    nested_absmax:torch.Tensor, # (ceil(n/256),) float32
+    offset:torch.Tensor,        # () float32
+    table:torch.Tensor=None     # (256,) float32; None: `dynamic_map`
+)->torch.Tensor:                # (n,) float32
+    "table[code]·nested_absmax + offset."
+    if table is None: table = dynamic_map(str(codes.device))
+    if codes.device.type == "cpu" and codes.numel() and (fn := _scales_kernel()):
+        _call(fn, table, codes, nested_absmax, out := torch.empty(codes.shape), NESTED_BLOCKSIZE, codes.numel())
+    else: out = _dequantize_scales_torch(codes, nested_absmax, table)
+    return out.add_(offset)
+
+# %% ../nbs/api/02_quantize.ipynb #d22078fe
+def _new(shape, dtype, device):
+    "An uninitialised tensor; on Linux a large one in pages of 2 MiB, which the system hands out faster than 4 KiB ones."
+    t = torch.empty(shape, dtype=dtype, device=device)
+    size, page = t.numel()*t.element_size(), 2**21
+    if t.device.type == "cpu" and size >= 2**25 and sys.platform == "linux":
+        start = -(-t.data_ptr()//page)*page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t((t.data_ptr()+size-start)//page*page), 14)  # MADV_HUGEPAGE; a refusal does no harm
+    return t
+
+# %% ../nbs/api/02_quantize.ipynb #8e4ee2a5
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     "A tensor in 4 bits, in bitsandbytes' layout. Made by `quantize` or `QuantizedTensor.from_state_dict`."
@@ -248,6 +278,17 @@ class QuantizedTensor:
     nested_absmax: torch.Tensor = None   # (ceil(blocks/256),) float32, under double quantisation
     offset: torch.Tensor = None          # () float32, the mean scale, under double quantisation
     nested_map: torch.Tensor = None      # (256,) float32 where a checkpoint's 8-bit type is not `dynamic_map`
+
+    def __post_init__(self):
+        "The kernels trust these sizes."
+        n, nested = self.numel(), self.nested_absmax is not None
+        blocks = -(-n//self.blocksize)
+        parts = [("codes", self.packed, (n+1)//2, torch.uint8), ("scales", self.absmax, blocks, torch.uint8 if nested else torch.float32)]
+        if nested: parts += [("nested scales", self.nested_absmax, -(-blocks//NESTED_BLOCKSIZE), torch.float32), ("offset", self.offset, 1, torch.float32)]
+        if self.nested_map is not None: parts += [("nested map", self.nested_map, 256, torch.float32)]
+        for what, t, count, dtype in parts:
+            if t is None or t.numel() != count or t.dtype != dtype or not t.is_contiguous():
+                raise ValueError(f"{what}: {None if t is None else f'{t.numel()} of {t.dtype}'}, expected {count} of {dtype}, contiguous, for shape {list(self.shape)} and blocksize {self.blocksize}.")
 
     @property
     def codebook(self)->Codebook: return self.config.codebook
@@ -283,7 +324,7 @@ class QuantizedTensor:
         out:torch.Tensor=None   # contiguous, of this shape, to write to; None: a new one
     )->torch.Tensor:            # the shape that was quantised
         "level·scale for each weight, multiplied in float32 and rounded once to `dtype`."
-        if out is None: out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        if out is None: out = _new(self.shape, dtype or self.dtype, self.device)
         elif out.shape != self.shape or not out.is_contiguous() or out.device != self.device or (dtype or out.dtype) != out.dtype:
             raise ValueError(f"dequantize(out=): got {tuple(out.shape)} {out.dtype} on {out.device}, expected a contiguous {tuple(self.shape)} {dtype or out.dtype} on {self.device}.")
         _dequantize(self.packed, self.scales, self.codebook, self.blocksize, out.view(-1))
@@ -329,20 +370,16 @@ class QuantizedTensor:
             raise ValueError(f"{prefix}: {got}; expected 4-bit codes with one {prefix}.quant_state.* beside them. A weight that is not in 4 bits goes through quantize(weight, NF4()).")
         try:
             f = json.loads(bytes(part[facts[0]].cpu().tolist()))
-            book, n = _book(f["quant_type"], part["quant_map"]), math.prod(f["shape"])
-            packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"]
+            book = _book(f["quant_type"], part["quant_map"])
+            packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"].contiguous()
             nested = offset = table = None
             if "nested_absmax" in part:
                 if f["nested_blocksize"] != NESTED_BLOCKSIZE: raise ValueError(f"nested_blocksize {f['nested_blocksize']}, expected {NESTED_BLOCKSIZE}")
-                nested, table = part["nested_absmax"].float(), part["nested_quant_map"].float()
+                nested, table = part["nested_absmax"].float().contiguous(), part["nested_quant_map"].float().contiguous()
                 offset = torch.tensor(float(f["nested_offset"]), device=packed.device)
                 if torch.equal(table, dynamic_map(str(table.device))): table = None
             else: absmax = absmax.float()
-            config = QuantConfig(book, f["blocksize"], nested is not None)
-            blocks = -(-n//config.blocksize)
-            if packed.numel() != (n+1)//2 or absmax.shape != (blocks,) or (nested is not None and nested.numel() != -(-blocks//NESTED_BLOCKSIZE)):
-                raise ValueError(f"{packed.numel()} bytes of codes and {absmax.numel()} scales, expected {(n+1)//2} and {blocks} for shape {f['shape']}")
-            return cls(packed, absmax, torch.Size(f["shape"]), getattr(torch, f["dtype"]), config, nested, offset, table)
+            return cls(packed, absmax, torch.Size(f["shape"]), getattr(torch, f["dtype"]), QuantConfig(book, f["blocksize"], nested is not None), nested, offset, table)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as e:
             what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
             raise ValueError(f"{prefix}: not a 4-bit checkpoint that can be read: {what}. Parts found: {sorted(part)}.") from e
@@ -355,7 +392,7 @@ def _book(name, levels):
     "The codebook of these levels: one of ours where they are equal."
     return next((b for b in (nf4, fp4, int4) if b.name == name and torch.equal(b.table(), levels.float().cpu())), None) or Codebook(name, tuple(levels.tolist()))
 
-# %% ../nbs/api/02_quantize.ipynb #78482db2
+# %% ../nbs/api/02_quantize.ipynb #08e03a23
 @torch.no_grad()
 def quantize(
     weight:torch.Tensor,       # any shape and strides; float32, bfloat16 or float16

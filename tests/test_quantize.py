@@ -190,7 +190,7 @@ def test_another_8_bit_map():
 
 @pytest.mark.parametrize("break_it, says", [
     (lambda sd: sd.pop("weight"), "no such key"), (lambda sd: sd.pop("weight.absmax"), "'absmax' is missing"), (lambda sd: sd.pop("weight.quant_state.bitsandbytes__nf4"), "expected 4-bit codes"),
-    (lambda sd: sd.update({"weight": sd["weight"][:-3]}), "expected 1024 and 32"), (lambda sd: sd.update({"weight.absmax": sd["weight.absmax"][:5]}), "5 scales"),
+    (lambda sd: sd.update({"weight": sd["weight"][:-3]}), "codes: 1021 .* expected 1024"), (lambda sd: sd.update({"weight.absmax": sd["weight.absmax"][:5]}), "scales: 5 of"),
     (lambda sd: sd.update({"weight.quant_state.bitsandbytes__nf4": torch.tensor([1, 2], dtype=torch.uint8)}), "not a 4-bit checkpoint"),
     (lambda sd: sd.pop("weight.nested_quant_map"), "'nested_quant_map' is missing"), (lambda sd: sd.update({"weight.quant_map": torch.ones(3)}), "expected 16")])
 def test_broken_checkpoints(break_it, says):
