@@ -5,9 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api/14_all.ipynb #d03a20ca
-from . import adapter,codebook,data,linear4bit,loss,lora,memory,models,quantize,spectra,trainer
+# %% ../nbs/api/14_all.ipynb #f7a859ae
+from . import adapter,codebook,data,linear4bit,loss,lora,memory,models,quantize,sensitivity,spectra,trainer
 from .widgets import live_run
+
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, live_run)
+__all__ = [name for m in _modules for name in m.__all__]
+
+# %% ../nbs/api/14_all.ipynb #b91272a7
 from .codebook import *
 from .quantize import *
 from .linear4bit import *
@@ -19,8 +24,5 @@ from .loss import *
 from .trainer import *
 from .spectra import *
 from .memory import *
+from .sensitivity import *
 from .widgets.live_run import *
-
-# %% ../nbs/api/14_all.ipynb #bcd70a3c
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, live_run)
-__all__ = [name for m in _modules for name in m.__all__]
