@@ -6,9 +6,9 @@
 __all__ = ['PEFT_FIELDS', 'base_modules', 'layer_class', 'output_path', 'path_matches', 'block_index', 'TargetError',
            'fused_experts', 'tied_to', 'find_targets', 'targets_preview', 'Adapter', 'adapters', 'activate', 'add_lora',
            'AdapterMismatch', 'short_names', 'fingerprint', 'BadAdapterFile', 'UnsupportedAdapter', 'load_adapter',
-           'train_only', 'by_row', 'combine', 'truncate', 'expand']
+           'train_only', 'by_row', 'combine', 'truncate', 'expand', 'extract']
 
-# %% ../nbs/api/05_adapter.ipynb #ed15d7d9
+# %% ../nbs/api/05_adapter.ipynb #ae87f80b
 import difflib, hashlib, json, math, os, re, shutil, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
-from .lora import LoRALinear, LoRAConv1D, LoRAEmbedding, thin_svd, patch_to, _check
+from .lora import LoRALinear, LoRAConv1D, LoRAEmbedding, thin_svd, weight_2d, patch_to, _check
 
-# %% ../nbs/api/05_adapter.ipynb #d33cf456
+# %% ../nbs/api/05_adapter.ipynb #5da9a17d
 def base_modules(model:nn.Module)->dict[str,nn.Module]: # path → module, without LoRA layers and what is in them
     "The model's modules as if no adapter were on it, each under its own path."
     found = {}
@@ -33,7 +33,7 @@ def base_modules(model:nn.Module)->dict[str,nn.Module]: # path → module, witho
     del found['']
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #3ad02b79
+# %% ../nbs/api/05_adapter.ipynb #75c09702
 def layer_class(module:nn.Module)->type|None: # `LoRALinear`, `LoRAConv1D`, `LoRAEmbedding`; None: no adapter fits on it
     "The LoRA layer for a module. A 4-bit layer counts as linear: it has in_features, out_features and `dequantize()`."
     if type(module).__name__ == 'NonDynamicallyQuantizableLinear': return None  # nn.MultiheadAttention reads its weight, and never calls it
@@ -47,7 +47,7 @@ def output_path(model:nn.Module, modules:dict[str,nn.Module])->str|None:
     out = getattr(out, 'base', out) if isinstance(out, LoRALinear) else out
     return next((p for p,m in modules.items() if m is out), None) if out is not None else None
 
-# %% ../nbs/api/05_adapter.ipynb #536be5e5
+# %% ../nbs/api/05_adapter.ipynb #7e8b1573
 _INSIDE = {'attention': re.compile(r'attn|attention'), 'mlp': re.compile(r'mlp|ffn|feed_forward|feedforward|experts')}
 
 def path_matches(pattern:str, path:str)->bool:
@@ -67,7 +67,7 @@ def _fits(target, path, module, out):
                 and any(_INSIDE[target].search(part) for part in path.lower().split('.')[:-1]))
     return path_matches(target, path)
 
-# %% ../nbs/api/05_adapter.ipynb #9af2b8a1
+# %% ../nbs/api/05_adapter.ipynb #2335e1eb
 class TargetError(ValueError):
     "A target that names no layer, or a layer that must not be adapted."
 
@@ -91,7 +91,7 @@ def _no_match(model, modules, target):
     near = difflib.get_close_matches(target.split('.')[-1], leaves, n=3, cutoff=.3) or [n for n,_ in leaves.most_common(3)]
     return TargetError(f"No module matches '{target}'. Nearest: {_layers_of([(n, leaves[n]) for n in near])}. targets_preview(model) lists all.")
 
-# %% ../nbs/api/05_adapter.ipynb #1848c77f
+# %% ../nbs/api/05_adapter.ipynb #2dca66a1
 def tied_to(modules:dict[str,nn.Module], path:str)->str|None:
     "The path of another module that shares this module's weight tensor."
     w = getattr(modules[path], 'weight', None)
@@ -124,7 +124,7 @@ def find_targets(
                           "Leave it out, or untie the model first.")
     return {p: modules[p] for p in found}
 
-# %% ../nbs/api/05_adapter.ipynb #50cc1b7f
+# %% ../nbs/api/05_adapter.ipynb #1acb927b
 def _rank_for(patterns, path, default):
     "The value of the first pattern that fits the end of the path, as PEFT reads rank_pattern and alpha_pattern."
     return next((v for k,v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', path)), default)
@@ -145,7 +145,7 @@ def targets_preview(
     table.loc[len(table)] = ['total', '', '', table.layers.sum(), table.parameters.sum()]
     return table
 
-# %% ../nbs/api/05_adapter.ipynb #8b74f87b
+# %% ../nbs/api/05_adapter.ipynb #400f7aee
 class Adapter:
     """One named adapter on a model. Made by `add_lora` and `load_adapter`, not by hand.
 
@@ -178,7 +178,7 @@ def _tensors(layer, name):
     yield f'{kind}B{end}',layer.B[name]
     if name in layer.m: yield 'lora_magnitude_vector',layer.m[name]
 
-# %% ../nbs/api/05_adapter.ipynb #9ee810c5
+# %% ../nbs/api/05_adapter.ipynb #9cc6057e
 def adapters(model:nn.Module)->dict[str,Adapter]:
     "The adapters on this model, by name."
     return model.__dict__.setdefault('_lora_nb_adapters', {})
@@ -211,7 +211,7 @@ def _attach(model, name, plan, options, extra=None):
     activate(model, name)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #a9fbdbe8
+# %% ../nbs/api/05_adapter.ipynb #d3178c2b
 def activate(
     model:nn.Module,
     *names:str     # adapters whose updates are added; none: the base alone
@@ -249,7 +249,7 @@ def add_lora(
             raise TargetError(f"The pattern '{pattern}' fits none of the {len(plan)} target layers; the first is '{next(iter(plan))}'.")
     return _attach(model, name, plan, options)
 
-# %% ../nbs/api/05_adapter.ipynb #09c41744
+# %% ../nbs/api/05_adapter.ipynb #e0972f26
 @patch_to(Adapter)
 @contextmanager
 def disabled(self):
@@ -271,7 +271,7 @@ def remove(self):
     if not adapters(self.model):
         for p in self.model.__dict__.pop('_lora_nb_trainable', []): p.requires_grad_(True)
 
-# %% ../nbs/api/05_adapter.ipynb #2c73815f
+# %% ../nbs/api/05_adapter.ipynb #ee9217c2
 class AdapterMismatch(ValueError):
     "Tensors that do not fit the adapter or the model; nothing was changed."
 
@@ -301,7 +301,7 @@ def load_state_dict(self, state:dict[str,Tensor]):
     _compare({k: v.shape for k,v in state.items()}, {k: v.shape for k,v in mine.items()}, 'The state')
     for k,v in mine.items(): v.copy_(state[k])
 
-# %% ../nbs/api/05_adapter.ipynb #b4f3545f
+# %% ../nbs/api/05_adapter.ipynb #9b493da4
 def short_names(paths, all_paths)->list[str]:
     "The shortest list of path ends that fits exactly `paths` among `all_paths` (as PEFT matches them)."
     paths,result = set(paths),set()
@@ -310,7 +310,7 @@ def short_names(paths, all_paths)->list[str]:
         result |= {leaf} if mine == {p for p in all_paths if p.split('.')[-1]==leaf} else mine
     return sorted(result)
 
-# %% ../nbs/api/05_adapter.ipynb #d3936698
+# %% ../nbs/api/05_adapter.ipynb #7a6b72ba
 PEFT_FIELDS = dict(alora_invocation_tokens=None, alpha_pattern={}, arrow_config=None, auto_mapping=None, base_model_name_or_path=None,
     bias='none', corda_config=None, ensure_weight_tying=False, eva_config=None, exclude_modules=None, fan_in_fan_out=False,
     inference_mode=True, init_lora_weights=True, kasa_config=None, layer_replication=None, layers_pattern=None,
@@ -339,7 +339,7 @@ def config(self)->dict:
         fan_in_fan_out=any(isinstance(l, LoRAConv1D) for l in self.layers.values()), task_type='CAUSAL_LM' if causal else None,
         base_model_name_or_path=getattr(getattr(self.model, 'config', None), '_name_or_path', None) or None)
 
-# %% ../nbs/api/05_adapter.ipynb #100967c9
+# %% ../nbs/api/05_adapter.ipynb #cefef036
 def fingerprint(model:nn.Module)->str:
     "16 hex digits of the paths and shapes of all layers that could be adapted; the same in 4 bits and in 16."
     shapes = [(p, *map(int, cls._features_of(m))) for p,m in base_modules(model).items() if (cls := layer_class(m))]
@@ -353,7 +353,7 @@ def export_state(self)->dict[str,Tensor]:
         for k,t in zip([k for k,_ in _tensors(l, self.name)], l.factors(self.name)): state[f'base_model.model.{path}.{k}'] = t
     return {k: t.to('cpu', torch.float32).contiguous().clone() for k,t in state.items()}
 
-# %% ../nbs/api/05_adapter.ipynb #e279b79c
+# %% ../nbs/api/05_adapter.ipynb #2b99e5e7
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -382,7 +382,7 @@ def save(self,
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/api/05_adapter.ipynb #a37ed856
+# %% ../nbs/api/05_adapter.ipynb #32f02783
 class BadAdapterFile(ValueError):
     "An adapter folder whose files are damaged or contradict each other; nothing was changed."
 class UnsupportedAdapter(ValueError):
@@ -429,7 +429,7 @@ def _dict(cfg, field, file):
     if not isinstance(v, dict): raise BadAdapterFile(f'{file}: {field} is {v!r}; expected an object of names and numbers.')
     return v
 
-# %% ../nbs/api/05_adapter.ipynb #2f015cbd
+# %% ../nbs/api/05_adapter.ipynb #ba4fabd0
 _KEY = re.compile(r'^(?:base_model\.model\.)?(?P<path>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)'
                  r'(?:\.(?!weight$)[^.]+)?(?:\.weight)?$')
 
@@ -453,7 +453,7 @@ def _read_tensors(file):
         state[n] = t
     return state,meta
 
-# %% ../nbs/api/05_adapter.ipynb #adb987a2
+# %% ../nbs/api/05_adapter.ipynb #78375a03
 def _peft_match(cfg, path):
     "Does PEFT adapt this path under this config? (target_modules, exclude_modules, layers_to_transform, layers_pattern)"
     fits = lambda names: re.fullmatch(names, path) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
@@ -482,7 +482,7 @@ def _planned(model, cfg, file):
         if cfg.get('use_dora'): wanted[f'base_model.model.{p}.lora_magnitude_vector'] = (out,)
     return plan,wanted
 
-# %% ../nbs/api/05_adapter.ipynb #c739fbde
+# %% ../nbs/api/05_adapter.ipynb #4c75dde4
 def load_adapter(
     model:nn.Module,
     folder,             # with PEFT's adapter_config.json and adapter_model.safetensors
@@ -514,7 +514,7 @@ def load_adapter(
         for k,p in adapter.named_parameters(): p.copy_(state[k])
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #f3563bae
+# %% ../nbs/api/05_adapter.ipynb #b4bd0a61
 def train_only(model:nn.Module, name:str):
     "Make this adapter the only one whose parameters train; `activate` says which take part."
     if name not in adapters(model): raise KeyError(f"No adapter '{name}' on this model; it has: {', '.join(adapters(model)) or 'none'}.")
@@ -535,7 +535,7 @@ def by_row(
     finally:
         for l in layers: l.rows = None
 
-# %% ../nbs/api/05_adapter.ipynb #919d91fd
+# %% ../nbs/api/05_adapter.ipynb #ba35452a
 def _stack(model, weights, path):
     "All named updates of one layer as one pair with scaling 1."
     layer = next(adapters(model)[n].layers[path] for n in weights if path in adapters(model)[n].layers)
@@ -584,7 +584,7 @@ def _from_factors(model, name, pairs, dropout=0.):
         adapter.layers[p].A[name].copy_(A); adapter.layers[p].B[name].copy_(B)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #567984da
+# %% ../nbs/api/05_adapter.ipynb #1d5f60eb
 def _replace(adapter, pairs):
     "Give the adapter's layers new factors with the same scaling, keeping its name, active or not."
     n,model = adapter.name,adapter.model
@@ -638,3 +638,37 @@ def expand(
         new = torch.empty(rank-len(A), A.shape[1]).uniform_(-1, 1).to(A)/math.sqrt(A.shape[1])
         pairs[path] = torch.cat([A, new]),torch.cat([B, B.new_zeros(len(B), rank-len(A))], 1)
     return _replace(adapter, pairs)
+
+# %% ../nbs/api/05_adapter.ipynb #89445178
+@torch.no_grad()
+def extract(
+    model:nn.Module,         # the base; the adapter is put on it
+    tuned:nn.Module,         # the same architecture with other weights
+    rank:int|None=None,      # rank of every layer
+    energy:float|None=None,  # or: the fewest that hold this share of ‖W_tuned − W‖²
+    targets='all-linear',    # as in `add_lora`
+    name:str='default'
+)->tuple[Adapter,pd.DataFrame]: # the adapter; for each module that differs: kind, ‖difference‖, share of it that was left out
+    "The adapter nearest to `tuned` on `model`, by SVD of the difference of their weights. `ValueError` where the two do not match; `tuned` is not changed."
+    if (rank is None) == (energy is None): raise ValueError('Give either rank= or energy=.')
+    if energy is not None and not 0 < energy <= 1: raise ValueError(f'energy is a share in (0, 1]; given {energy!r}.')
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1): raise ValueError(f'A rank is an integer of at least 1; given {rank!r}.')
+    ours,theirs,on = base_modules(model),base_modules(tuned),find_targets(model, targets)
+    shape = lambda ms,p: tuple(map(int, layer_class(ms[p])._features_of(ms[p]))) if p in ms and layer_class(ms[p]) else None
+    if odd := [p for p in ours if shape(ours, p) != shape(theirs, p)]:
+        raise ValueError(f'The two models differ in {len(odd)} layers, first {odd[0]}: {shape(ours, odd[0])} and {shape(theirs, odd[0])}. Give two models of one architecture.')
+    pairs,rows = {},[]
+    for path in on:
+        D = (weight_2d(theirs[path]).double() - weight_2d(ours[path]).double()).cpu()
+        U,S,Vh = torch.linalg.svd(D, full_matrices=False)
+        total = S.square().sum()
+        k = rank if energy is None else int((S.square().cumsum(0) < energy*total).sum()) + 1
+        k = min(k, len(S))
+        root = S[:k].sqrt()
+        pairs[path] = root[:,None]*Vh[:k],U[:,:k]*root
+        rows.append((path, f'r={k}', total.sqrt().item(), (S[k:].square().sum()/total).sqrt().item() if total > 0 else 0.))
+    covered = {id(t) for p in on for t in [getattr(on[p], 'weight', None)] if t is not None}
+    other = dict(tuned.named_parameters())
+    for n,p in model.named_parameters():
+        if id(p) not in covered and n in other and (gap := (other[n].double().cpu() - p.double().cpu()).norm().item()) > 0: rows.append((n, 'no adapter', gap, 1.))
+    return _from_factors(model, name, pairs),pd.DataFrame(rows, columns=['module', 'kind', 'difference', 'left out']).set_index('module')

@@ -6,7 +6,7 @@
 __all__ = ['SCALINGS', 'INITS', 'alpha_over_r', 'rslora', 'kaiming', 'gaussian', 'zero_start', 'pissa', 'olora', 'weight_2d',
            'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding']
 
-# %% ../nbs/api/04_lora.ipynb #26ef71ef
+# %% ../nbs/api/04_lora.ipynb #c020d929
 import math
 from collections.abc import Callable
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/api/04_lora.ipynb #61b071f3
+# %% ../nbs/api/04_lora.ipynb #229f65e5
 def alpha_over_r(
     alpha:float, # loudness of the update; PEFT's `lora_alpha`
     r:int        # rank
@@ -31,7 +31,7 @@ def rslora(
 
 SCALINGS = {'alpha/r': alpha_over_r, 'rslora': rslora}
 
-# %% ../nbs/api/04_lora.ipynb #936ad2aa
+# %% ../nbs/api/04_lora.ipynb #be7c325b
 def kaiming(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), float32
     "A uniform in ±1/√in, as `nn.Linear` starts; B zero (PEFT's `init_lora_weights=True`)."
     bound = 1/math.sqrt(layer.in_features)
@@ -45,7 +45,7 @@ def zero_start(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
     "Both zero: room for tensors that are read from a file. It cannot learn from here."
     return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
 
-# %% ../nbs/api/04_lora.ipynb #74a5e188
+# %% ../nbs/api/04_lora.ipynb #2dd3ac43
 def _weight_for(layer, r, what):
     if r > (most := min(layer.in_features, layer.out_features)):
         raise ValueError(f"init='{what}' takes r directions of a W {(layer.out_features, layer.in_features)}, which has {most}; "
@@ -66,7 +66,7 @@ def olora(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
 
 INITS:dict[str,Callable] = {'kaiming': kaiming, 'gaussian': gaussian, 'pissa': pissa, 'olora': olora, 'zeros': zero_start}
 
-# %% ../nbs/api/04_lora.ipynb #c44d57dc
+# %% ../nbs/api/04_lora.ipynb #154f825b
 def weight_2d(
     base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
 )->Tensor:         # W (out, in), detached; a 4-bit base is dequantised
@@ -78,13 +78,13 @@ def weight_2d(
     W = base.weight.detach()
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W
 
-# %% ../nbs/api/04_lora.ipynb #082e0d41
+# %% ../nbs/api/04_lora.ipynb #a9df5e7f
 def patch_to(cls):
     "Decorator: make the function below a method of `cls`."
     def put(f): setattr(cls, f.__name__, f)
     return put
 
-# %% ../nbs/api/04_lora.ipynb #32951336
+# %% ../nbs/api/04_lora.ipynb #01dbca9f
 def _check(name, r, alpha, dropout, scaling, init):
     if not isinstance(name, str) or not name or '.' in name:
         raise ValueError(f'An adapter is named by a string without dots; given {name!r}.')
@@ -94,7 +94,7 @@ def _check(name, r, alpha, dropout, scaling, init):
     if scaling not in SCALINGS: raise ValueError(f'No scaling {scaling!r}. There are: {", ".join(SCALINGS)}.')
     if init not in INITS: raise ValueError(f'No init {init!r}. There are: {", ".join(INITS)}.')
 
-# %% ../nbs/api/04_lora.ipynb #806c1798
+# %% ../nbs/api/04_lora.ipynb #b47a0e61
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates beside it: y = base(x) + s·(dropout(x) Aᵀ) Bᵀ, for each active adapter.
 
@@ -142,12 +142,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{n}: r={len(A)}' for n,A in self.A.items())
 
-# %% ../nbs/api/04_lora.ipynb #96c7962a
+# %% ../nbs/api/04_lora.ipynb #4f174352
 def add_update(layer, name, x, y):
     "y + ΔW x: LoRA's own way to join the base's output `y (…, out)`."
     return y + layer.update(name, x)
 
-# %% ../nbs/api/04_lora.ipynb #a7f90b05
+# %% ../nbs/api/04_lora.ipynb #cd28b885
 @torch.no_grad()
 def _place(layer, name, A, B):
     "Make A and B this layer's parameters, on the base's device; keep a copy of a start whose product is not zero."
@@ -187,7 +187,7 @@ def drop_adapter(self, name:str):
         if name in d: del d[name]
     if name in self.active: self.active.remove(name)
 
-# %% ../nbs/api/04_lora.ipynb #315dc795
+# %% ../nbs/api/04_lora.ipynb #a7397f65
 @patch_to(LoRALinear)
 @torch.no_grad()
 def factors(self, name:str='default'
@@ -205,7 +205,7 @@ def delta(self, name:str='default'
     A,B = self.factors(name)
     return self.scaling[name]*(B @ A)
 
-# %% ../nbs/api/04_lora.ipynb #be77f70a
+# %% ../nbs/api/04_lora.ipynb #92d14b4f
 def thin_svd(
     A:Tensor, # (…, k, in)
     B:Tensor  # (…, out, k)
@@ -216,7 +216,7 @@ def thin_svd(
     U,S,Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     return Qb @ U, S, Vh @ Qa.mT
 
-# %% ../nbs/api/04_lora.ipynb #b438a4cb
+# %% ../nbs/api/04_lora.ipynb #d8686b7c
 @patch_to(LoRALinear)
 @torch.no_grad()
 def row_norm(self, name:str='default'
@@ -244,13 +244,27 @@ def _start_magnitude(layer, name):
     layer.m[name] = nn.Parameter(layer.row_norm(name))
     layer.how[name] = dora_update
 
-# %% ../nbs/api/04_lora.ipynb #f25df379
+# %% ../nbs/api/04_lora.ipynb #add7cef8
+@patch_to(LoRALinear)
+@torch.no_grad()
+def merged(self,
+    *names:str # adapters, in the order in which they act
+)->Tensor:     # (out, in), float32 (float64 on an fp64 base)
+    "The weight that, with the base's bias, does what the base and these adapters do; a new tensor, nothing is changed."
+    W = self.weight_2d()
+    W = W.clone() if W.dtype==torch.float64 else W.float().clone()
+    for n in names:
+        W += self.delta(n).to(W.dtype)
+        if n in self.m: W *= (self.m[n]/self.row_norm(n))[:,None].to(W.dtype)
+    return W
+
+# %% ../nbs/api/04_lora.ipynb #65715e40
 class LoRAConv1D(LoRALinear):
     "`LoRALinear` over transformers' `Conv1D`, whose weight is stored (in, out)."
     @staticmethod
     def _features_of(base): return base.weight.shape[1],base.weight.shape[0]
 
-# %% ../nbs/api/04_lora.ipynb #549a24ce
+# %% ../nbs/api/04_lora.ipynb #7c8479b2
 class LoRAEmbedding(LoRALinear):
     """`nn.Embedding` with low-rank updates: y = base(ids) + s·A[:, ids]ᵀ Bᵀ; `A (r, vocabulary)`, `B (dim, r)`.
 
@@ -268,7 +282,7 @@ class LoRAEmbedding(LoRALinear):
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r)
     def _can_dora(self): raise ValueError('DoRA is built for linear layers; leave embeddings out of `targets`, or use dora=False.')
 
-# %% ../nbs/api/04_lora.ipynb #dfbe0883
+# %% ../nbs/api/04_lora.ipynb #0e0c8ad1
 @patch_to(LoRALinear)
 def _by_row(self, x, y):
     if len(self.rows) != len(x):

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['singular_values', 'effective_rank', 'stable_rank', 'energy_rank', 'frobenius_norm', 'spectral_norm',
-           'spectra_by_layer', 'adapter_spectra', 'subspace_similarity']
+           'spectra_by_layer', 'adapter_spectra', 'subspace_similarity', 'amplification', 'alignment', 'intruders']
 
-# %% ../nbs/api/10_spectra.ipynb #8d4ba192
+# %% ../nbs/api/10_spectra.ipynb #67a8fdb1
 import pandas as pd
 import torch
 from torch import Tensor
 from .lora import thin_svd
 
-# %% ../nbs/api/10_spectra.ipynb #45b04dbf
+# %% ../nbs/api/10_spectra.ipynb #e8175c86
 @torch.no_grad()
 def singular_values(
     A:Tensor,          # (…, r, in)
@@ -25,7 +25,7 @@ def singular_values(
     s = torch.as_tensor(scaling, dtype=core.dtype, device=core.device).abs()
     return torch.linalg.svdvals(core)*(s[...,None] if s.ndim else s)
 
-# %% ../nbs/api/10_spectra.ipynb #a9f742e5
+# %% ../nbs/api/10_spectra.ipynb #6c056596
 def effective_rank(
     s:Tensor # (…, r) singular values, at least 0
 )->Tensor:   # (…), in [1, r]; 0 where all are zero
@@ -58,7 +58,7 @@ def spectral_norm(s:Tensor)->Tensor: # s (…, r) → (…)
     "‖ΔW‖₂, the largest singular value: the most that ΔW can stretch an input."
     return s.amax(-1)
 
-# %% ../nbs/api/10_spectra.ipynb #16979a80
+# %% ../nbs/api/10_spectra.ipynb #115a2210
 @torch.no_grad()
 def spectra_by_layer(
     adapter # an `Adapter`
@@ -87,7 +87,7 @@ def adapter_spectra(
             energy_99=energy_rank(s, .99).item(), values=s.tolist()))
     return pd.DataFrame(rows).set_index('layer')
 
-# %% ../nbs/api/10_spectra.ipynb #d0a86dd4
+# %% ../nbs/api/10_spectra.ipynb #a4304df8
 @torch.no_grad()
 def subspace_similarity(
     one:tuple[Tensor,Tensor],   # (A (r1, in), B (out, r1))
@@ -103,3 +103,43 @@ def subspace_similarity(
     overlap = (V1 @ V2.mT if side=='right' else U1.mT @ U2).square().cumsum(0).cumsum(1)
     i,j = torch.meshgrid(*(torch.arange(1, n+1, device=overlap.device) for n in overlap.shape), indexing='ij')
     return overlap/torch.minimum(i, j)
+
+# %% ../nbs/api/10_spectra.ipynb #8cc5f7ea
+@torch.no_grad()
+def amplification(
+    W:Tensor,    # (out, in)
+    A:Tensor,    # (r, in)
+    B:Tensor,    # (out, r)
+    scaling=1.
+)->float:        # ‖ΔW‖_F / ‖Uᵀ W V‖_F; 0 where ΔW is zero
+    "How much louder ΔW is than W in ΔW's own r directions U, V (LoRA, 2106.09685, section 7.3)."
+    U,S,Vh = thin_svd(A, B)
+    return ((scaling*S).norm()/(U.mT @ W.to(U.dtype) @ Vh.mT).norm()).item() if S[0] > 0 else 0.
+
+@torch.no_grad()
+def alignment(
+    W:Tensor,    # (out, in)
+    A:Tensor,    # (r, in)
+    B:Tensor,    # (out, r)
+    k:int        # how many of W's top directions
+)->float:        # in [0, 1]; 0 where ΔW is zero
+    "Share of ‖ΔW‖_F² inside the span of W's top k singular vectors, left and right: ‖U_kᵀ ΔW V_k‖²/‖ΔW‖²."
+    if not 1 <= k <= min(W.shape): raise ValueError(f'k is between 1 and {min(W.shape)} for a W {tuple(W.shape)}; given {k}.')
+    U,_,Vh = torch.linalg.svd(W if W.dtype==torch.float64 else W.float(), full_matrices=False)
+    inside,whole = (U[:,:k].mT @ B.to(U.dtype)) @ (A.to(U.dtype) @ Vh[:k].mT),singular_values(A, B)
+    return (inside.norm()/whole.norm()).square().item() if whole[0] > 0 else 0.
+
+# %% ../nbs/api/10_spectra.ipynb #c3148c40
+@torch.no_grad()
+def intruders(
+    layer,              # a `LoRALinear`; a 4-bit base is dequantised
+    name:str='default', # the adapter
+    k:int=10,           # how many of the merged weight's top directions
+    below:float=.5      # a direction whose best |cosine| with W's is less is an intruder
+)->pd.DataFrame:        # a row for each of the top k: singular value, best |cosine| with any of W's, intruder
+    "Which of the top k left singular vectors of W+ΔW resemble no left singular vector of W (2410.21228)."
+    W = layer.weight_2d().float()
+    U = torch.linalg.svd(W, full_matrices=False).U
+    V,S,_ = torch.linalg.svd(layer.merged(name).float(), full_matrices=False)
+    best = (U.mT @ V[:,:k]).abs().amax(0)
+    return pd.DataFrame({'singular value': S[:k].tolist(), 'best cosine': best.tolist(), 'intruder': (best < below).tolist()})

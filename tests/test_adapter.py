@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from lora_nb.adapter import (AdapterMismatch, BadAdapterFile, TargetError, UnsupportedAdapter, activate, adapters, add_lora, base_modules,
-                             by_row, combine, expand, find_targets, fingerprint, load_adapter, short_names, targets_preview, train_only, truncate)
+                             by_row, combine, expand, extract, find_targets, fingerprint, load_adapter, short_names, targets_preview, train_only, truncate)
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.lora import LoRALinear
 from lora_nb.quantize import NF4
@@ -546,3 +546,32 @@ def test_deepcopy_is_independent():
     assert adapters(twin)['default'].model is twin and not torch.equal(logits(twin), logits(model))
     adapters(twin)['default'].remove()
     assert torch.equal(logits(twin), logits(model))
+
+# --- extraction --------------------------------------------------------------------------------------------------------
+
+def test_extract_recovers_a_merged_adapter():
+    model,tuned = llama(),llama()
+    a = add_lora(tuned, r=3, targets='attention')
+    shake(a.parameters())
+    merged = {p: l.merged('default') for p,l in a.layers.items()}
+    want = logits(tuned)
+    a.remove()
+    for p,W in merged.items(): base_modules(tuned)[p].weight.data = W
+    close(logits(tuned), want, 1e-5)
+    found,report = extract(model, tuned, energy=1 - 1e-7)
+    close(logits(model), want)
+    for p,r in found.ranks.items(): assert r == (3 if p in merged else 1), p
+    assert (report['left out'] < 1e-3).all() and (report.difference[[p for p in report.index if p not in merged]] == 0).all()
+    found.remove()
+    _,report = extract(model, tuned, rank=1, targets=['q_proj'])
+    assert set(report[report.kind=='no adapter'].index) == {f'{p}.weight' for p in merged if 'q_proj' not in p}
+    p = 'model.layers.0.self_attn.q_proj'
+    S = torch.linalg.svdvals((merged[p] - base_modules(model)[p].weight).double())
+    assert report['left out'][p] == pytest.approx((S[1:].norm()/S.norm()).item(), abs=1e-4)
+
+def test_extract_refuses_other_architectures():
+    model = llama()
+    for kw in (dict(rank=2, energy=.5), dict(), dict(rank=0), dict(energy=2)):
+        with pytest.raises(ValueError): extract(model, llama(), **kw)
+    with pytest.raises(ValueError, match='differ in'): extract(model, llama(intermediate_size=80), rank=2)
+    assert not adapters(model)

@@ -187,3 +187,13 @@ def test_weight_2d_of_bitsandbytes():
     l = l.to('cpu')
     got = weight_2d(l)
     assert got.shape == (64, 64) and .01 < ((got - W).norm()/W.norm()).item() < .15
+
+@pytest.mark.parametrize('dora', [False, True])
+def test_merged_is_one_product(dora):
+    layer = LoRALinear(linear()).add('a', r=2, dora=dora).add('b', r=3, init='pissa')
+    with torch.no_grad():
+        for p in (*layer.A.values(), *layer.B.values(), *layer.m.values()): p += .2*torch.rand_like(p)
+    W,x = layer.base.weight.clone(),torch.randn(5, 12)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.merged('a', 'b'), layer.base.bias), rtol=1e-4, atol=1e-5)
+    layer.active = []
+    assert torch.equal(layer(x), F.linear(x, layer.merged(), layer.base.bias)) and torch.equal(layer.base.weight, W)

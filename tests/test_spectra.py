@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from lora_nb.adapter import add_lora
-from lora_nb.spectra import (adapter_spectra, effective_rank, energy_rank, frobenius_norm, singular_values, spectra_by_layer,
+from lora_nb.lora import LoRALinear
+from lora_nb.spectra import (adapter_spectra, alignment, amplification, intruders, effective_rank, energy_rank, frobenius_norm, singular_values, spectra_by_layer,
                              spectral_norm, stable_rank, subspace_similarity)
 
 @settings(max_examples=40, deadline=None)
@@ -93,3 +94,26 @@ def test_subspace_similarity_against_the_formula():
     assert torch.allclose(subspace_similarity(one, one).diagonal(), torch.ones(4).double())
     with pytest.raises(ValueError, match='same layer'): subspace_similarity(one, (torch.randn(2, 9), torch.randn(20, 2)))
     with pytest.raises(ValueError, match='side'): subspace_similarity(one, two, 'up')
+
+def test_alignment_and_amplification_by_definition():
+    torch.manual_seed(0)
+    W,A,B = torch.randn(20, 30).double(),torch.randn(3, 30).double(),torch.randn(20, 3).double()
+    U,_,Vh = torch.linalg.svd(W, full_matrices=False)
+    D = .7*B @ A
+    for k in (1, 5, 20): assert abs(alignment(W, A, B, k) - ((U[:, :k].T @ D @ Vh[:k].T).norm()/D.norm())**2) < 1e-9
+    u,_,v = torch.linalg.svd(D, full_matrices=False)
+    assert abs(amplification(W, A, B, .7) - D.norm()/(u[:, :3].T @ W @ v[:3].T).norm()) < 1e-9
+    assert alignment(W, A, 0*B, 4) == amplification(W, A, 0*B) == 0
+    with pytest.raises(ValueError, match='between 1 and 20'): alignment(W, A, B, 21)
+
+def test_intruders_are_directions_that_W_lacks():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(40, 60, bias=False)).add(r=1, alpha=1)
+    U,S,Vh = torch.linalg.svd(layer.base.weight.detach(), full_matrices=False)
+    assert not intruders(layer).intruder.any()
+    with torch.no_grad(): layer.A['default'].copy_(Vh[30:31]); layer.B['default'].copy_(9*S[0]*U[:, 30:31])
+    t = intruders(layer, k=5)
+    assert not t.intruder.any() and t['best cosine'][0] > .99   # loud, but a direction of W's own
+    with torch.no_grad(): layer.A['default'].copy_(nn.functional.normalize(torch.randn(1, 40), dim=1)); layer.B['default'].copy_(9*S[0]*nn.functional.normalize(torch.randn(60, 1), dim=0))
+    t = intruders(layer, k=5)
+    assert t.intruder.tolist() == [True, False, False, False, False] and t['singular value'][0] > 5*S[0]
