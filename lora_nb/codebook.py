@@ -6,14 +6,14 @@
 __all__ = ['NF4_LEVELS', 'nf4', 'fp4', 'int4', 'Codebook', 'normal_float', 'float4', 'integer4', 'lloyd_max', 'fit_codebook',
            'gaussian_error']
 
-# %% ../nbs/api/01_codebook.ipynb #a099f77a
+# %% ../nbs/api/01_codebook.ipynb #1883f297
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 import torch
 
-# %% ../nbs/api/01_codebook.ipynb #a5893313
+# %% ../nbs/api/01_codebook.ipynb #f91c3b3d
 @dataclass(frozen=True)
 class Codebook:
     "A 4-bit type: code i stands for levels[i], a float32 in units of the block's absmax."
@@ -48,7 +48,7 @@ def _tables(book, device):
     mid = (table[order[:-1]] + table[order[1:]])/2
     return table.to(device), mid.to(device), order.to(device)
 
-# %% ../nbs/api/01_codebook.ipynb #b5891f4a
+# %% ../nbs/api/01_codebook.ipynb #faaca709
 def normal_float(
     bits:int=4,             # levels: 2**bits
     offset:float=0.9677083  # the outermost quantile, which keeps the largest level finite
@@ -61,14 +61,14 @@ def normal_float(
     levels = torch.tensor(sorted([-q for q in side(half)] + [0.] + side(half+1)))
     return levels/levels.abs().max()
 
-# %% ../nbs/api/01_codebook.ipynb #62d04286
+# %% ../nbs/api/01_codebook.ipynb #297ff686
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 nf4 = Codebook("nf4", NF4_LEVELS)
 
-# %% ../nbs/api/01_codebook.ipynb #8f785089
+# %% ../nbs/api/01_codebook.ipynb #bcbfcc3e
 def float4()->torch.Tensor: # (16,) float32, in the order of the bit patterns
     "bitsandbytes' FP4 levels, pattern s-ee-m: (1 + m/2)·2^(4-e) for e>0, m/16 for e=0, over the largest, 12."
     half = [m/16 if e == 0 else (1 + m/2)*2**(4-e) for e in range(4) for m in range(2)]
@@ -76,14 +76,14 @@ def float4()->torch.Tensor: # (16,) float32, in the order of the bit patterns
 
 fp4 = Codebook("fp4", tuple(float4().tolist()))
 
-# %% ../nbs/api/01_codebook.ipynb #a35b95dc
+# %% ../nbs/api/01_codebook.ipynb #289e8be0
 def integer4()->torch.Tensor: # (16,) float32, ascending
     "Symmetric INT4 levels, code i for (i-8)/7. The lowest, -8/7, is outside [-1, 1] and never used."
     return torch.arange(-8, 8, dtype=torch.float32)/7
 
 int4 = Codebook("int4", tuple(integer4().tolist()))
 
-# %% ../nbs/api/01_codebook.ipynb #b80d39c1
+# %% ../nbs/api/01_codebook.ipynb #deb6f5e0
 def lloyd_max(
     x:torch.Tensor,           # (n,) values to be coded, in units of the absmax
     weight:torch.Tensor=None, # (n,) importance of each squared error; None: all 1
@@ -104,7 +104,7 @@ def lloyd_max(
         q = new
     return q.float()
 
-# %% ../nbs/api/01_codebook.ipynb #df116634
+# %% ../nbs/api/01_codebook.ipynb #3de933ba
 def fit_codebook(
     w:torch.Tensor,    # any shape
     blocksize:int=64,  # weights that share one absmax
@@ -119,7 +119,7 @@ def fit_codebook(
     blocks, scale = blocks[keep], scale[keep]
     return Codebook(name, tuple(lloyd_max(blocks/scale, (scale**2).expand_as(blocks)).tolist()))
 
-# %% ../nbs/api/01_codebook.ipynb #d12fa359
+# %% ../nbs/api/01_codebook.ipynb #547a45c0
 def gaussian_error(
     book:Codebook,     # the type
     blocksize:int=64,  # weights that share one absmax

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['free_scratch', 'Linear4bit']
 
-# %% ../nbs/api/03_linear4bit.ipynb #4c713882
+# %% ../nbs/api/03_linear4bit.ipynb #537339d5
 import threading
 import torch
 from torch import nn
 from .quantize import NF4, QuantConfig, QuantizedTensor, quantize
 
-# %% ../nbs/api/03_linear4bit.ipynb #463ddf9b
+# %% ../nbs/api/03_linear4bit.ipynb #c5570054
 _scratch = threading.local()
 
 def _borrowed(q:QuantizedTensor, dtype:torch.dtype)->torch.Tensor:
@@ -28,7 +28,7 @@ def free_scratch():
     "Give this thread's buffers back."
     _scratch.__dict__.pop("held", None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #aa93409d
+# %% ../nbs/api/03_linear4bit.ipynb #f5cc3a47
 class _MatMul4bit(torch.autograd.Function):
     "y = x Ŵᵀ + b. Saves no weight: the backward pass reads Ŵ again from its codes."
     @staticmethod
@@ -42,7 +42,7 @@ class _MatMul4bit(torch.autograd.Function):
         to_x, to_bias = ctx.needs_input_grad[:2]
         return (grad @ _borrowed(ctx.q, grad.dtype) if to_x else None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #19b2be6b
+# %% ../nbs/api/03_linear4bit.ipynb #f5630aec
 class Linear4bit(nn.Module):
     """y = x Ŵᵀ + b with Ŵ (out_features, in_features) read from 4 bits for each call. Computes in x's dtype (under autocast, in autocast's).
 
