@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api/14_all.ipynb #f7a859ae
+# %% ../nbs/api/14_all.ipynb #a0cb5c7a
 from . import adapter,codebook,data,linear4bit,loss,lora,memory,models,quantize,sensitivity,spectra,trainer
-from .widgets import live_run
+from .widgets import live_run,quant_explorer
 
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, live_run)
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, live_run, quant_explorer)
 __all__ = [name for m in _modules for name in m.__all__]
 
-# %% ../nbs/api/14_all.ipynb #b91272a7
+# %% ../nbs/api/14_all.ipynb #5ae32c09
 from .codebook import *
 from .quantize import *
 from .linear4bit import *
@@ -26,3 +26,4 @@ from .spectra import *
 from .memory import *
 from .sensitivity import *
 from .widgets.live_run import *
+from .widgets.quant_explorer import *
