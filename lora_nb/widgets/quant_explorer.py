@@ -7,7 +7,7 @@ __all__ = ['BIN_EDGES', 'ZOOM', 'rounding', 'level_frame', 'histogram_frame', 'z
            'fill_histogram', 'levels_picture', 'fill_levels', 'zoom_picture', 'fill_zoom', 'weights_of',
            'QuantExplorer']
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #19ae226a
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #8c23b42a
 import difflib, threading
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
@@ -17,7 +17,7 @@ from ..models import quantisable
 from ..sensitivity import mean_loss
 from .look import COLOUR, Watcher, answer_while_busy, as_text, bytes_text, grid, heading, panel, picture, still_table, style_sheet
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #170d9a6c
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #628960fc
 BIN_EDGES = np.linspace(-1.1, 1.1, 177)
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def rounding(
     with np.errstate(invalid='ignore', divide='ignore'): error,part = np.sqrt(sq/n)/rms,sq/sq.sum()
     return dict(q=q, counts=counts, share=n/max(1, n.sum()), error=error, part=np.nan_to_num(part), rms=rms)
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #93a1d6ce
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #de360eef
 def level_frame(
     seen:dict # from `rounding`
 )->pd.DataFrame:
@@ -55,7 +55,7 @@ def histogram_frame(seen:dict)->pd.DataFrame:
     width = BIN_EDGES[1]-BIN_EDGES[0]
     return pd.DataFrame(dict(scaled=(BIN_EDGES[1:]+BIN_EDGES[:-1])/2, density=seen['counts']/max(1, seen['counts'].sum())/width))
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #c70e6116
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #47d9696c
 ZOOM = 64
 
 def zoom_frame(
@@ -85,7 +85,7 @@ def facts(
     "What one choice costs and loses."
     return dict(bits=q.bits_per_param, bytes=q.nbytes, error=q.error(weight))
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #a71dcbfd
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #b72d4987
 def histogram_picture(colour:str):
     return picture([go.Scatter(name='weights', x=[], y=[], mode='lines', line=dict(color=COLOUR['base'], width=1), fill='tozeroy', fillcolor='rgba(128,128,128,.25)', hoverinfo='skip'),
                     go.Scatter(name='level', x=[], y=[], mode='markers', marker=dict(color=colour, symbol='line-ns-open', size=16, line_width=2), hovertemplate='%{x:.4f}')],
@@ -99,8 +99,8 @@ def fill_histogram(fig, seen:dict):
     fig.data[1].x,fig.data[1].y = levels.to_numpy(),np.zeros(len(levels))
 
 def levels_picture(colour:str):
-    fig = picture([go.Bar(name='part of the squared error', x=[], y=[], marker_color=colour),
-                   go.Scatter(name='share of the weights', x=[], y=[], mode='markers', marker=dict(color=COLOUR['base'], symbol='line-ew-open', size=11, line_width=2))],
+    fig = picture([go.Bar(name='part of the squared error', x=[], y=[], marker_color=colour, opacity=.6),
+                   go.Scatter(name='share of the weights', x=[], y=[], mode='markers', marker=dict(color=COLOUR['base'], symbol='line-ew-open', size=12, line_width=3))],
                   'level', 'share', height=220, bargap=.25)
     fig.layout.yaxis.tickformat = '.0%'
     fig.layout.xaxis.update(tickvals=list(range(16)), tickangle=-60)
@@ -125,7 +125,7 @@ def fill_zoom(fig, frame:pd.DataFrame)->str:
     length = np.linalg.norm(frame.weight)
     return f'error {np.linalg.norm(frame.rounded-frame.weight)/length:.1%} here' if length else 'all zero'
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #760942da
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #634104be
 def weights_of(
     source # a model, or {name: tensor}
 )->dict:   # {name: (out, in) tensor}
@@ -140,10 +140,15 @@ def _known(name, names):
         raise KeyError(f"{name!r} is not there. Nearest: {', '.join(map(repr, near))}.")
     return name
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #917fd60b
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #be0667f0
 _TYPES = dict(NF4=NF4, FP4=FP4, INT4=INT4)
 _SIDES = dict(A=COLOUR['quantised'], B=COLOUR['heldout'])
 _NAMES = dict(histogram='Weights and levels', levels='Each level', zoom='A run of weights')
+
+def _legend(side:str)->dict:
+    "Names and colours in each of a side's pictures."
+    colour,grey = _SIDES[side],COLOUR['base']
+    return dict(histogram={'levels':colour, 'weights':grey}, levels={'part of the squared error':colour, 'share of the weights':grey}, zoom={'rounded, and ± the scale':colour, 'weights':grey})
 
 class QuantExplorer(widgets.VBox):
     "Two 4-bit choices for a layer, side by side: levels, errors, a zoom, bits, and on demand the whole model's loss."
@@ -170,7 +175,7 @@ class QuantExplorer(widgets.VBox):
         answer_while_busy(*controls)
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #64b7eed2
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #3a6d213e
 def _controls(self:QuantExplorer, side, q):
     layout = lambda width: widgets.Layout(width=width)
     name = f'Choice {side}'
@@ -191,7 +196,7 @@ def _build(self:QuantExplorer, choices):
     self.controls = {side:self._controls(side, q) for side,q in choices.items()}
     self.figures = {side:{name:make(colour) for name,make in self.PICTURES.items()} for side,colour in _SIDES.items()}
     self._heads = {side:{name:widgets.HTML() for name in ('choice', *_NAMES)} for side in _SIDES}
-    self._facts = {side:widgets.HTML() for side in _SIDES}
+    self._facts = {side:widgets.HTML(layout=widgets.Layout(min_height='40px')) for side in _SIDES}
     tip = f'The loss of the whole model with every layer in this type, over {self.tokens} tokens' if self._can_measure() else 'Give a model and data to measure the loss: QuantExplorer(model, data)'
     self.buttons = {side:widgets.Button(description='Whole model', icon='play', tooltip=tip, disabled=not self._can_measure(), layout=widgets.Layout(width='130px')) for side in _SIDES}
     for side,b in self.buttons.items(): b.on_click(partial(self._press, side))
@@ -208,7 +213,7 @@ QuantExplorer._can_measure = _can_measure
 def _last(self:QuantExplorer)->int: return max(0, -(-self.weights[self.layer].numel()//ZOOM)-1)
 QuantExplorer._last = _last
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #1effbe5d
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #5534293d
 def choice(self:QuantExplorer, side:str='A')->QuantConfig:
     "The type, block size and doubling that the controls of 'A' or 'B' say now."
     c = self.controls[_known(side, _SIDES)]
@@ -235,12 +240,12 @@ def refresh(self:QuantExplorer)->QuantExplorer:
     with self._lock:
         for side in _SIDES:
             seen,figs,heads = self._rounding(side),self.figures[side],self._heads[side]
-            heads['choice'].value = heading(f'Choice {side}', legend={str(self.choice(side).codebook.name).upper():_SIDES[side], 'weights':COLOUR['base']})
+            heads['choice'].value = heading(f'Choice {side}')
             self._facts[side].value = self._facts_html(side)
             frame = zoom_frame(self.weights[self.layer], seen['q'], self.start.value*ZOOM)
             for name,fill,what in (('histogram', fill_histogram, seen), ('levels', fill_levels, seen), ('zoom', fill_zoom, frame)):
                 with figs[name].batch_update(): words = fill(figs[name], what)
-                heads[name].value = heading(_NAMES[name], words or '')
+                heads[name].value = heading(_NAMES[name], words or '', _legend(side)[name])
         self._same_scales()
     return self
 QuantExplorer.refresh = refresh
@@ -264,7 +269,7 @@ def _changed(self:QuantExplorer, change):
         self.refresh()
 QuantExplorer._changed = _changed
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #d045dc23
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #86c5ed54
 def measure(self:QuantExplorer, side:str='A')->float:
     "The whole model's loss for a choice, nats a token; kept, so that each choice is measured once."
     if not self._can_measure(): raise ValueError('No loss to measure: QuantExplorer(model, data) needs a model and chat_data(…) or text_samples(…).')
@@ -285,7 +290,7 @@ def _press(self:QuantExplorer, side, _):
         for b in self.buttons.values(): b.disabled = False
 QuantExplorer._press = _press
 
-# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #03b8eb40
+# %% ../../nbs/api/12_widgets_quant_explorer.ipynb #86aa1d31
 def data(self:QuantExplorer, name:str, side:str='A')->pd.DataFrame:
     "The numbers behind a picture of 'A' or 'B': 'histogram', 'levels' or 'zoom'; or 'facts' of both."
     _known(name, (*_NAMES, 'facts'))
