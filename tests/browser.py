@@ -72,6 +72,7 @@ class Lab:
         self.page = self.context.new_page()
         self.page.on('console', lambda m: m.type=='error' and self.errors.append(m.text))
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.on('dialog', lambda d: d.accept())
 
     def open(self, name):
         self.page.goto(f'{self.address}/lab/tree/{name}?token={self.token}&reset')
@@ -102,6 +103,10 @@ class Lab:
             except AssertionError: pass
         raise AssertionError('Run All Cells ran nothing')
 
+    def save(self):
+        self.menu('File', 'Save Notebook')
+        self.page.wait_for_selector('.lm-TabBar-tab.lm-mod-current:not(.jp-mod-dirty)')
+
     def cell(self, i): return self.page.locator('.jp-Notebook .jp-Cell').nth(i)
 
     def run_cell(self, i, code, seconds=30):
@@ -131,14 +136,23 @@ class Lab:
             return True
         until(steady, seconds, 'the kernel is idle')
 
-    def screenshot(self, name, of='.lnb'):
+    def artifact(self, name):
         ARTIFACTS.mkdir(exist_ok=True)
-        path = ARTIFACTS/f'{name}.png'
+        return ARTIFACTS/f'{name}.png'
+
+    def screenshot(self, name, of='.lnb'):
+        path = self.artifact(name)
         target = self.page.locator(of).first
         target.scroll_into_view_if_needed()
         self.page.wait_for_timeout(400)
         target.screenshot(path=path)
         return path
+
+    def shut_down(self):
+        "End every kernel of the server, so that one test's run does not slow the next."
+        api = self.context.request
+        for k in api.get(f'{self.address}/api/kernels?token={self.token}').json():
+            api.delete(f"{self.address}/api/kernels/{k['id']}", headers=dict(Authorization=f'token {self.token}'))
 
     def close(self): self.context.close()
 
@@ -155,8 +169,8 @@ class LivePage:
     def text(self): return self.box.inner_text()
     def state(self): return self.box.locator('[role=status]').inner_text()
     def step(self): return int(re.search(r'step ([\d,]+) of', self.text())[1].replace(',', ''))
-    def points(self, plot=0, trace=0):
-        return self.box.locator('.js-plotly-plot').nth(plot).evaluate('(el, t) => Array.from(el.data[t].y ?? [])', trace)
+    def plot(self, name): return self.box.locator('.js-plotly-plot').nth(('loss', 'rates', 'spectrum', 'matrices', 'memory').index(name))
+    def points(self, plot='loss', trace=0): return self.plot(plot).evaluate('(el, t) => Array.from(el.data[t].y ?? [])', trace)
     def press(self, name): self.box.get_by_role('button', name=name).click()
     def press_and_see(self, name, state, seconds=15):
         self.press(name)
