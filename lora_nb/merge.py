@@ -7,7 +7,7 @@ __all__ = ['FLOATS', 'NEGLIGIBLE', 'dense_weight', 'packed_weight', 'merged_weig
            'source_tensors', 'running_as', 'merge_report', 'chosen', 'recommend', 'merge', 'merge_in_place', 'unmerge',
            'merged']
 
-# %% ../nbs/api/11c_merge.ipynb #4b8492df
+# %% ../nbs/api/11c_merge.ipynb #7dab8ac8
 import copy, json, math, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .models import empty_model, gguf_config, gguf_header, gguf_tensors, locate,
 from .data import collate
 from .loss import PLAIN_HEADS, labelled
 
-# %% ../nbs/api/11c_merge.ipynb #3575a57b
+# %% ../nbs/api/11c_merge.ipynb #09c1fcfb
 def dense_weight(base:nn.Module)->Tensor: # W (out, in), detached; fp32 from 4 bits, otherwise the base's dtype
     "The weight as LoRA's formula means it, a 4-bit one dequantised without a rounding to 16 bits."
     if (q := packed_weight(base)) is not None: return q.dequantize(torch.float32)
@@ -45,7 +45,7 @@ def _formula(base, t):
     "From the stored layout to (out, in), and back."
     return t.T if isinstance(base, (Conv1D, nn.Embedding)) else t
 
-# %% ../nbs/api/11c_merge.ipynb #bba6e762
+# %% ../nbs/api/11c_merge.ipynb #136ec200
 @torch.no_grad()
 def merged_weight(
     layer:LoRALinear,
@@ -64,7 +64,7 @@ def merged_weight(
         else: raise ValueError(f"Adapter '{n}' joins its layer by {layer.how[n].__name__}, which is not a change of W alone, so it cannot be merged. Keep the adapter beside its base.")
     return M
 
-# %% ../nbs/api/11c_merge.ipynb #a6546836
+# %% ../nbs/api/11c_merge.ipynb #71d95f69
 @torch.no_grad()
 def _probe(path, layer, names):
     "Refuse a layer whose forward pass is not that of one merged matrix."
@@ -89,7 +89,7 @@ def _probe(path, layer, names):
     if not off < (2e-3 if x.dtype in (torch.float32, torch.float64, torch.int64) else 5e-2):
         raise ValueError(f"{path}: base and {', '.join(names)} do not act as one matrix (relative difference {off:.1e} on random inputs), so they cannot be merged. Keep the adapter beside its base.")
 
-# %% ../nbs/api/11c_merge.ipynb #b1cf1791
+# %% ../nbs/api/11c_merge.ipynb #4e911826
 @dataclass(frozen=True)
 class Part:
     "One tensor of a merged model, made when it is wanted."
@@ -120,7 +120,7 @@ def plain_tensors(model:nn.Module)->dict[str,tuple]: # name → (module, its nam
     found = {'': model, **base_modules(model)}
     return {f'{path}.{leaf}' if path else leaf: (m, leaf, t) for path,m in found.items() for leaf,t in _tensors_of(m)}
 
-# %% ../nbs/api/11c_merge.ipynb #e9ae9cb3
+# %% ../nbs/api/11c_merge.ipynb #47025bc4
 def _names_of(model, adapter):
     "The adapters that are meant: one, several, or (None) those that are active."
     on = adapters(model)
@@ -146,7 +146,7 @@ def _adapted(model, names)->dict[str,LoRALinear]:
     for path,l in found.items(): _probe(path, l, names)
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #501d6885
+# %% ../nbs/api/11c_merge.ipynb #7a044b97
 def _own(module, leaf): return dense_weight(module) if leaf=='weight' and packed_weight(module) is not None else dict(_tensors_of(module))[leaf]
 
 def _final(read, layer, names, dtype, config, name):
@@ -155,9 +155,6 @@ def _final(read, layer, names, dtype, config, name):
     if layer is not None: t = _formula(layer.base, merged_weight(layer, names, _formula(layer.base, t)))
     if config is not None: t = quantize(t.contiguous(), config, name)
     elif t.is_floating_point(): t = t.to(dtype)
-    values = t.scales if isinstance(t, QuantizedTensor) else t
-    if values.is_floating_point() and not values.isfinite().all():
-        raise ValueError(f"{name}: the merged tensor holds NaN or infinity in {FLOATS.get(dtype, dtype)}. Look at the adapter's numbers, or choose torch.bfloat16 or torch.float32: fp16 ends at 65504.")
     return t
 
 def merged_parts(
@@ -165,10 +162,11 @@ def merged_parts(
     names,                # adapters to merge
     dtype=torch.bfloat16, # of all floats; '4bit': quantised layers stay quantised, all else as it is
     source:dict|None=None,# name → function that reads a weight to merge into; None: the model's own
-    quant:QuantConfig|None=None # for '4bit' on a model that is not quantised: how its adapted linear layers are
+    quant:QuantConfig|None=None, # for '4bit' on a model that is not quantised: how its adapted linear layers are
+    layers:dict|None=None # path → layer that the adapters change; None: found, and each one probed
 )->dict[str,Part]:        # under the names that transformers gives
     "The merged model, tensor by tensor. Tied tensors are one, unless an adapter changes one of them."
-    plain,layers,parts,seen = plain_tensors(model),_adapted(model, names),{},{}
+    plain,layers,parts,seen = plain_tensors(model),_adapted(model, names) if layers is None else layers,{},{}
     for name,(module,leaf,t) in plain.items():
         path = name.rpartition('.')[0]
         layer = layers.get(path) if leaf=='weight' else None
@@ -193,7 +191,7 @@ def _fitting(source, name, shape, device):
     if tuple(t.shape)!=shape: raise ValueError(f"'{name}' has shape {tuple(t.shape)} in the model to merge into, and {shape} in this one. Is it the one that was quantised?")
     return t.to(device)
 
-# %% ../nbs/api/11c_merge.ipynb #e84b4ac5
+# %% ../nbs/api/11c_merge.ipynb #8e511ef8
 def source_tensors(
     source # a hub id, a folder, a .gguf file, 'smollm2', or a model in memory
 )->dict:   # transformers' name → function that reads that tensor
@@ -220,7 +218,7 @@ def source_tensors(
         if held := next((n for n in g if n in found), None): found.update({n: found[held] for n in g})
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #f3f0f6e0
+# %% ../nbs/api/11c_merge.ipynb #d41276b6
 def _twin(module, leaves, compute):
     "A shallow copy whose tensors in `leaves` (name → Part) are made for each call."
     if packed_weight(module) is not None:
@@ -243,7 +241,7 @@ def _twin(module, leaves, compute):
     twin.register_forward_hook(take, always_call=True)
     return twin.train(module.training)
 
-# %% ../nbs/api/11c_merge.ipynb #c98d684e
+# %% ../nbs/api/11c_merge.ipynb #2fb8065d
 @contextmanager
 def running_as(
     model:nn.Module,
@@ -275,7 +273,7 @@ def _requantised(module, leaves):
     part = leaves.get('weight')
     if part is not None and part.itemsize < 1 and packed_weight(module) is None: return Linear4bit(part.make(), module.bias)
 
-# %% ../nbs/api/11c_merge.ipynb #55ff694c
+# %% ../nbs/api/11c_merge.ipynb #2bdfdc1a
 def _plain_head(model):
     return model.config.model_type in PLAIN_HEADS and not getattr(model.config, 'final_logit_softcapping', None) and model.get_output_embeddings() is not None
 
@@ -313,7 +311,7 @@ def _compare(a, b, labels, head_a, head_b, vocab):
         rows.append(torch.stack([kl, -pa.gather(1, t)[:,0], -pb.gather(1, t)[:,0], changed.double()], 1).cpu())
     return torch.cat(rows),sums
 
-# %% ../nbs/api/11c_merge.ipynb #e54454cc
+# %% ../nbs/api/11c_merge.ipynb #c1f54b28
 class _Measure:
     "The unmerged model's answers on the held-out samples, and the comparison of others with them."
     def __init__(self, model, samples, batch_size, pad):
@@ -333,7 +331,7 @@ class _Measure:
         return dict(logits=(sums[0]/sums[1]).sqrt().item(), kl=tok[:,0].mean().item(), loss=tok[:,2].mean().item(), delta=d.mean().item(),
                     error=(d.std()/math.sqrt(len(d))).item() if len(d)>1 else float('nan'), changed=tok[:,3].mean().item()),tok[:,1].mean().item(),len(tok)
 
-# %% ../nbs/api/11c_merge.ipynb #1f010827
+# %% ../nbs/api/11c_merge.ipynb #4b69c107
 @contextmanager
 def _only(model, names):
     "Within this context just these adapters act, in evaluation mode; afterwards all is as before."
@@ -372,10 +370,10 @@ def merge_report(
     kinds = [*map(_known_dtype, dtypes), *(['4bit'] if quant is not None and '4bit' not in dtypes else [])]
     sources,table = {'base': None} | ({'original': source_tensors(original)} if original is not None else {}),[]
     with _only(model, names):
-        measure = _Measure(model, samples, batch_size, getattr(getattr(data, 'tok', None), 'pad_token_id', None) or 0)
+        layers,measure = _adapted(model, names),_Measure(model, samples, batch_size, getattr(getattr(data, 'tok', None), 'pad_token_id', None) or 0)
         for into,source in sources.items():
             for dtype in kinds:
-                parts = merged_parts(model, names, dtype, source, quant)
+                parts = merged_parts(model, names, dtype, source, quant, layers)
                 with running_as(model, parts, compute): found,unmerged,n = measure()
                 table.append(dict(into=into, dtype=FLOATS.get(dtype, '4bit'), **found, bytes=sum(p.nbytes for p in parts.values())))
                 del parts
@@ -385,7 +383,7 @@ def merge_report(
     report.attrs.update(unmerged=unmerged, without=without, tokens=n, samples=len(samples), adapters=list(names), compute=FLOATS.get(compute, str(compute)))
     return report
 
-# %% ../nbs/api/11c_merge.ipynb #ec75ec26
+# %% ../nbs/api/11c_merge.ipynb #a9a18f96
 NEGLIGIBLE = 1e-3 # nats per token: below it a way counts as lossless
 
 def _bytes(n): return f'{n/2**30:.2f} GiB' if n>=2**30 else f'{n/2**20:.1f} MiB' if n>=2**20 else f'{n/2**10:.0f} KiB'
@@ -418,7 +416,7 @@ def recommend(report:pd.DataFrame)->str: # several lines
         out.append(f"Recommended: keep the adapter beside its base. Each way changes the model by more than {NEGLIGIBLE:g} nats per token; the least is {report.index[0]} ({r.kl:.2g}).")
     return '\n'.join(out)
 
-# %% ../nbs/api/11c_merge.ipynb #353bf7cd
+# %% ../nbs/api/11c_merge.ipynb #4e1ce2ee
 def _shards(parts, most):
     "Lists of names, each list's bytes at most `most` (a tensor that is larger has a shard of its own)."
     out,size = [[]],0
@@ -431,6 +429,8 @@ def _shards(parts, most):
 def _stored(name, t):
     "A part as it is stored: one tensor, or the pieces of a 4-bit one under bitsandbytes' names. Each has memory of its own."
     pieces = t.state_dict(name) if isinstance(t, QuantizedTensor) else {name: t}
+    if bad := [k for k,v in pieces.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{bad[0]}: the merged tensor holds NaN or infinity in {pieces[bad[0]].dtype}. Look at the adapter's numbers, or choose torch.bfloat16 or torch.float32: fp16 ends at 65504.")
     return {k: v.detach().to('cpu', copy=True).contiguous() for k,v in pieces.items()}
 
 def _read_back(file, want):
@@ -447,7 +447,7 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/api/11c_merge.ipynb #a993ae60
+# %% ../nbs/api/11c_merge.ipynb #4ecb11a0
 def _merged_config(model, parts, dtype, quant):
     "The config of the merged model: without quantisation, or with bitsandbytes'."
     cfg = copy.deepcopy(model.config)
@@ -484,7 +484,7 @@ def _write_shards(parts, groups, tmp):
         (tmp/'model.safetensors.index.json').write_text(json.dumps(index, indent=2, sort_keys=True))
     return where,rows
 
-# %% ../nbs/api/11c_merge.ipynb #b9a5a879
+# %% ../nbs/api/11c_merge.ipynb #531b1790
 def merge(
     model:nn.Module,      # with the adapter on it; it is left as it is
     adapter=None,         # an `Adapter`, its name, or a list; None: those that are active
@@ -524,7 +524,7 @@ def merge(
     table.attrs.update(folder=str(folder), adapters=list(names), dtype=FLOATS.get(dtype, '4bit'))
     return table
 
-# %% ../nbs/api/11c_merge.ipynb #4f35e305
+# %% ../nbs/api/11c_merge.ipynb #2e9e0986
 def _merged_module(layer, names, dtype):
     "A plain module with the merged weight; 4-bit bases give a full one, or with '4bit' a quantised one."
     base,q = layer.base,packed_weight(layer.base)
