@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4', 'dynamic_map', 'QuantizedTensor', 'quantize']
 
-# %% ../nbs/api/02_quantize.ipynb #7fcce6a6
+# %% ../nbs/api/02_quantize.ipynb #5c91c3b6
 import ctypes, json, math, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from .codebook import Codebook, nf4, fp4, int4
 
-# %% ../nbs/api/02_quantize.ipynb #f5e5eeb3
+# %% ../nbs/api/02_quantize.ipynb #2e4d54a7
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
@@ -34,7 +34,7 @@ class QuantConfig:
         scale = 8 + 32/NESTED_BLOCKSIZE if self.double else 32
         return 4 + scale/self.blocksize
 
-# %% ../nbs/api/02_quantize.ipynb #36ad34e4
+# %% ../nbs/api/02_quantize.ipynb #774723fb
 def NF4(blocksize:int=64, double:bool=False)->QuantConfig:
     "4-bit NormalFloat. `double`: quantise the scales too."
     return QuantConfig(nf4, blocksize, double)
@@ -47,7 +47,7 @@ def INT4(blocksize:int=64, double:bool=False)->QuantConfig:
     "Symmetric 4-bit integers, -7 to 7 times absmax/7. `double`: quantise the scales too."
     return QuantConfig(int4, blocksize, double)
 
-# %% ../nbs/api/02_quantize.ipynb #57393221
+# %% ../nbs/api/02_quantize.ipynb #c57a4eed
 @lru_cache(maxsize=256)
 def _bins(book, device):
     "Scale h, shift c, borders below bin trunc(h·x + c) (uint8), the border inside it (float32, 2 where none); None if the levels lie too close."
@@ -74,7 +74,7 @@ def _ranks(
     rank += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
     return rank
 
-# %% ../nbs/api/02_quantize.ipynb #bb6f829f
+# %% ../nbs/api/02_quantize.ipynb #43252dfb
 def _bad_weights(weight, name):
     n, inf = int(torch.isnan(weight).sum()), int(torch.isinf(weight).sum())
     return ValueError(f"{name or 'weight'} {tuple(weight.shape)}: {n} NaN and {inf} infinite of {weight.numel()} values. "
@@ -127,7 +127,7 @@ def _quantize_torch(
         _pack(torch.nn.functional.pad(rest/m, (0, len(rest) % 2)), book, packed[full*blocksize//2:])
     return packed, absmax
 
-# %% ../nbs/api/02_quantize.ipynb #44152e69
+# %% ../nbs/api/02_quantize.ipynb #33f09514
 @lru_cache(maxsize=8)
 def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, from -0.993 to 1
     "The signed dynamic 8-bit type (arXiv 1511.04561): decade i below 1 holds 2**(6-i) steps on each side of 0, and 0 and 1 are added."
@@ -137,7 +137,7 @@ def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, fr
         half += (10**(i-6)*((edges[:-1] + edges[1:])/2)).tolist()
     return torch.tensor(sorted(half + [-v for v in half] + [0., 1.]), dtype=torch.float32).to(device)
 
-# %% ../nbs/api/02_quantize.ipynb #aea0ea25
+# %% ../nbs/api/02_quantize.ipynb #a65fc7ad
 @lru_cache(maxsize=8)
 def _scale_cells(device):
     "(65536,) uint8: the code of `dynamic_map` nearest to the middle of each cell of [-1, 1]."
@@ -161,13 +161,13 @@ def _quantize_scales(
         x = torch.nn.functional.pad(x, (0, -len(x) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
         m = torch.amax(x.abs(), 1, out=absmax[i//NESTED_BLOCKSIZE:i//NESTED_BLOCKSIZE+len(x)])
         v = (x*(1/m)[:,None]).nan_to_num_(nan=-1., posinf=1., neginf=-1.).clamp_(-1, 1)
-        code = cells.index_select(0, (((v+1)*.5).double()*65535 + .5).float().int().view(-1)).view(x.shape)
+        code = cells.index_select(0, ((v+1)*.5*65535 + .5).int().view(-1)).view(x.shape)
         code[m == 0] = 0
         codes[i:i+_CHUNK] = code.view(-1)[:n-i]
     _each_chunk(some, n, _CHUNK, scales.device)
     return codes, absmax, offset
 
-# %% ../nbs/api/02_quantize.ipynb #c22accaf
+# %% ../nbs/api/02_quantize.ipynb #806fa1f4
 @lru_cache(maxsize=256)
 def _pairs(book, device):
     "(256,) int64; each holds the two float32 levels of a byte, the high nibble's first in memory."
@@ -194,7 +194,7 @@ def _dequantize_torch(
     _each_chunk(some, n, chunk, packed.device)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #860156e3
+# %% ../nbs/api/02_quantize.ipynb #f49ea52c
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def _call(fn, *args): fn(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in args))
@@ -216,7 +216,7 @@ def _kernel(book, dtype):
     want = _dequantize_torch(packed, scales, book, 128, torch.empty(1024, dtype=dtype))
     return _native(f"cdequantize_blockwise_cpu_{book.name}_{_TYPES[dtype]}", want, packed, scales, None, 128, 8, 128)
 
-# %% ../nbs/api/02_quantize.ipynb #f43cd16e
+# %% ../nbs/api/02_quantize.ipynb #53f48a48
 def _dequantize(
     packed:torch.Tensor, # (ceil(n/2), 1) uint8
     scales:torch.Tensor, # (blocks,) float32
@@ -236,7 +236,7 @@ def _dequantize(
     elif n: _dequantize_torch(packed, scales, book, blocksize, out)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #967b0ceb
+# %% ../nbs/api/02_quantize.ipynb #90a56de5
 def _dequantize_scales_torch(codes, nested_absmax, table):
     v, full = table.index_select(0, codes.int()), codes.numel()//NESTED_BLOCKSIZE*NESTED_BLOCKSIZE
     v[:full].view(-1, NESTED_BLOCKSIZE).mul_(nested_absmax[:full//NESTED_BLOCKSIZE,None])
@@ -261,7 +261,7 @@ def _dequantize_scales(
     else: out = _dequantize_scales_torch(codes, nested_absmax, table)
     return out.add_(offset)
 
-# %% ../nbs/api/02_quantize.ipynb #1aed7d17
+# %% ../nbs/api/02_quantize.ipynb #ca6b9eaf
 def _new(shape, dtype, device):
     "An uninitialised tensor; on Linux a large one in pages of 2 MiB, which the system hands out faster than 4 KiB ones."
     t = torch.empty(shape, dtype=dtype, device=device)
@@ -271,7 +271,7 @@ def _new(shape, dtype, device):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t((t.data_ptr()+size-start)//page*page), 14)  # MADV_HUGEPAGE; a refusal does no harm
     return t
 
-# %% ../nbs/api/02_quantize.ipynb #5aec61ff
+# %% ../nbs/api/02_quantize.ipynb #7a7f871e
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     "A tensor in 4 bits, in bitsandbytes' layout. Made by `quantize` or `QuantizedTensor.from_state_dict`."
@@ -397,7 +397,7 @@ def _book(name, levels):
     "The codebook of these levels: one of ours where they are equal."
     return next((b for b in (nf4, fp4, int4) if b.name == name and torch.equal(b.table(), levels.float().cpu())), None) or Codebook(name, tuple(levels.tolist()))
 
-# %% ../nbs/api/02_quantize.ipynb #73f1bf70
+# %% ../nbs/api/02_quantize.ipynb #28e2fe93
 @torch.no_grad()
 def quantize(
     weight:torch.Tensor,       # any shape and strides; float32, bfloat16 or float16

@@ -97,6 +97,19 @@ def test_scale_codes():
         assert torch.equal(mine, codes) and torch.equal(absmax, state.absmax) and mean == offset
         assert torch.equal(Q._dequantize_scales(mine, absmax, mean), bnbF.dequantize_blockwise(codes, state) + offset)
 
+def test_scale_cells_at_every_border():
+    "The places where the 8-bit code changes, 40 floats to each side, against bitsandbytes, whose processor may fuse what we round twice."
+    cells = Q._scale_cells("cpu").long()
+    edge = (cells.diff() != 0).nonzero().flatten() + 1
+    v = [near := ((edge.double()-.5)/65535*2 - 1).float()]
+    for away in (2., -2.):
+        w = near
+        for _ in range(40): v.append(w := torch.nextafter(w, torch.tensor(away)))
+    v = torch.cat(v)
+    x = torch.zeros(-(-len(v)//255), 256); x[:,0] = 1; x[:,1:] = torch.nn.functional.pad(v, (0, -len(v) % 255)).view(-1, 255)
+    codes = bnbF.quantize_blockwise(x.flatten(), blocksize=256)[0].view(-1, 256)[:,1:].flatten()[:len(v)]
+    assert torch.equal(cells[((v+1)*.5*65535 + .5).int()], codes.long()) and codes.unique().numel() == len(edge) + 1 == 249
+
 @pytest.mark.parametrize("config", [NF4(), FP4(32), INT4(128), NF4(64, True), INT4(64, True)], ids=lambda c: f"{c.codebook.name}-{c.blocksize}-{c.double}")
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (), (1,), (5,), (7, 13), (3, 5, 7), (1, 4097)])
 def test_shapes(shape, config):
