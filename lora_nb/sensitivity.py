@@ -6,7 +6,7 @@
 __all__ = ['QUANTS', 'text_samples', 'few_samples', 'padded_batches', 'token_losses', 'perplexity', 'quantised', 'mean_loss',
            'output_error', 'sensitivity', 'plan_bits', 'mixed_plan']
 
-# %% ../nbs/api/11b_sensitivity.ipynb #72f0e4dc
+# %% ../nbs/api/11b_sensitivity.ipynb #09584e06
 import math,time
 from contextlib import contextmanager
 import pandas as pd,torch
@@ -20,7 +20,7 @@ from .models import quant_plan,quantisable
 from .data import Sample,collate
 from .loss import has_plain_head,labelled
 
-# %% ../nbs/api/11b_sensitivity.ipynb #f2f1f137
+# %% ../nbs/api/11b_sensitivity.ipynb #f5b09362
 def text_samples(
     tok,         # the model's tokenizer
     texts,       # a text, or a list of them
@@ -35,7 +35,7 @@ def text_samples(
     if not res: raise ValueError(f"{len(texts)} texts give no window of two tokens or more. Give longer texts.")
     return res
 
-# %% ../nbs/api/11b_sensitivity.ipynb #0c3e013a
+# %% ../nbs/api/11b_sensitivity.ipynb #4f8fb15d
 def _samples(data):
     "The samples of a list or of a ChatData: the held-out ones where there are any."
     found = data if isinstance(data, (list,tuple)) else getattr(data, "val", None) or getattr(data, "train", None)
@@ -73,7 +73,7 @@ def padded_batches(
         res.append({k: v.to(device) for k,v in {**b, "real": real}.items()})
     return res
 
-# %% ../nbs/api/11b_sensitivity.ipynb #2b172712
+# %% ../nbs/api/11b_sensitivity.ipynb #baffc056
 @torch.no_grad()
 def token_losses(
     model,      # a causal LM
@@ -89,7 +89,7 @@ def token_losses(
     rows = max(1, (2**28 if h.is_cuda else 2**25)//(4*len(w)))
     return torch.cat([F.cross_entropy((h[i:i+rows]@w.T).float(), t[i:i+rows], reduction="none") for i in range(0, len(t), rows)])
 
-# %% ../nbs/api/11b_sensitivity.ipynb #76e19c9f
+# %% ../nbs/api/11b_sensitivity.ipynb #cc3afcce
 @contextmanager
 def _evaluating(model):
     "Evaluation mode, and each module's own mode again afterwards."
@@ -110,7 +110,7 @@ def perplexity(
         all = torch.cat([token_losses(model, b).double() for b in padded_batches(text_samples(tok, texts, max_len), model.device)])
     return all.mean().exp().item()
 
-# %% ../nbs/api/11b_sensitivity.ipynb #5c2ec95f
+# %% ../nbs/api/11b_sensitivity.ipynb #cb7f1a74
 @contextmanager
 def _replaced(model, modules):
     old = {path: model.get_submodule(path) for path in modules}
@@ -141,7 +141,7 @@ def quantised(
     new = {path: Linear4bit.from_linear(linears[path], q, name=path) for path,q in plan.items() if q is not None}
     with _replaced(model, new): yield model
 
-# %% ../nbs/api/11b_sensitivity.ipynb #92a51a1b
+# %% ../nbs/api/11b_sensitivity.ipynb #ce4dcd6a
 def mean_loss(
     model,          # a causal LM; with full-precision linear layers where quant is given
     data,           # chat_data(…) or text_samples(…)
@@ -153,7 +153,7 @@ def mean_loss(
         with quantised(model, quant): return mean_loss(model, data, None, tokens)
     with _evaluating(model): return torch.cat([token_losses(model, b).double() for b in padded_batches(few_samples(data, tokens), model.device)]).mean().item()
 
-# %% ../nbs/api/11b_sensitivity.ipynb #297e8ffd
+# %% ../nbs/api/11b_sensitivity.ipynb #5f736477
 def _blocks(
     model,
     paths # of the linear layers
@@ -191,7 +191,7 @@ def _record(model, blocks, batch):
         for h in hooks: h.remove()
     return losses,out if order==list(range(len(blocks))) else None
 
-# %% ../nbs/api/11b_sensitivity.ipynb #a4e27914
+# %% ../nbs/api/11b_sensitivity.ipynb #83a6a034
 @torch.no_grad()
 def _inputs(model, paths, blocks, k, states):
     "{path: (n, in) real inputs of the layer, padding left out}, from the batches in `states`; block k computes, or all where k is None."
@@ -216,7 +216,7 @@ def output_error(
     size = F.linear(x, W, linear.bias).float().norm()
     return (F.linear(x, weight-W).float().norm()/size).item() if size else 0.
 
-# %% ../nbs/api/11b_sensitivity.ipynb #a9af6b99
+# %% ../nbs/api/11b_sensitivity.ipynb #fd7a1626
 QUANTS = {"NF4": NF4(), "FP4": FP4(), "INT4": INT4()}
 
 @torch.no_grad()
@@ -234,15 +234,17 @@ def sensitivity(
     data,               # chat_data(…) or text_samples(…)
     quants:dict=None,   # {name: QuantConfig}; None: NF4, FP4 and INT4 in blocks of 64
     layers=None,        # paths of the layers to measure, or patterns such as '*.down_proj'; None: all that load_model would quantise
-    tokens:int=256,     # of `data` at most, over which everything is measured
+    tokens:int=256      # of `data` at most, over which everything is measured
 )->pd.DataFrame:
     """What 4 bits cost each linear layer alone, one row for each layer and type, the greatest rise of the loss first.
 
     layer, quant (its name); params, bits (stored for a parameter); weight_error ‖Ŵ-W‖/‖W‖; output_error ‖x(Ŵ-W)ᵀ‖/‖xWᵀ+b‖ on the inputs x that the layer has in `data`;
     loss_change, nats a token, with that layer alone quantised, and loss_se, the standard error of that mean over the tokens.
+    Each row costs the blocks from the layer's on, and the head: on average 0.6 of a forward pass over the tokens.
     `.attrs`: loss (of the model as it is) and tokens (labelled). The model is as it was afterwards, interrupted or not; nothing else may use it meanwhile.
     Raises ValueError for a model without full-precision layers or with an adapter, KeyError for a layer that is not there."""
     linears,quants = _linears(model),QUANTS if quants is None else dict(quants)
+    if not quants: raise ValueError("quants is empty: give {'NF4': NF4()}, or None for NF4, FP4 and INT4.")
     for n,q in quants.items():
         if not isinstance(q, QuantConfig): raise TypeError(f"quants[{n!r}] is {q!r}, expected NF4(), FP4(), INT4() or a QuantConfig.")
     if layers is not None: linears = {p: linears[p] for p,on in quant_plan(dict.fromkeys([layers] if isinstance(layers, str) else layers, True), linears).items() if on}
@@ -273,7 +275,7 @@ def _layer_rows(model, path, linear, x, quants, states, blocks, k, bar):
         bar.update()
     return rows
 
-# %% ../nbs/api/11b_sensitivity.ipynb #e236d0a9
+# %% ../nbs/api/11b_sensitivity.ipynb #5318b46d
 def plan_bits(
     report:pd.DataFrame, # from `sensitivity`
     plan:dict            # from `mixed_plan`

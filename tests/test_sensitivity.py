@@ -12,7 +12,7 @@ from lora_nb.data import ChatData, Sample
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.models import load_model, quantisable
 from lora_nb.quantize import FP4, INT4, NF4, quantize
-from lora_nb.sensitivity import (few_samples, mixed_plan, output_error, padded_batches, perplexity, plan_bits, quantised, sensitivity,
+from lora_nb.sensitivity import (few_samples, mean_loss, mixed_plan, output_error, padded_batches, perplexity, plan_bits, quantised, sensitivity,
                                  text_samples, token_losses)
 
 
@@ -145,6 +145,14 @@ def test_perplexity_weighs_tokens(model):
     with pytest.raises(ValueError, match='two tokens'): perplexity(model, Letters(), ['a', ''])
 
 
+def test_mean_loss_is_that_of_a_model_loaded_in_4_bits(model, tmp_path):
+    other = tiny_llama(num_hidden_layers=3)
+    other.load_state_dict(model.state_dict())
+    for path, l in quantisable(other).items(): other.set_submodule(path, Linear4bit.from_linear(l, INT4()))
+    assert mean_loss(model, some(), INT4()) == pytest.approx(mean_loss(other, some()), abs=1e-6)
+    assert mean_loss(model, some()) == pytest.approx(sensitivity(model, some(), dict(NF4=NF4()), layers='*.q_proj').attrs['loss'], abs=1e-6)
+
+
 def test_a_head_that_is_not_plain(model):
     batch, = padded_batches(few_samples(some(), 256))
     plain = token_losses(model, batch)
@@ -192,6 +200,7 @@ def test_a_budget_is_met_and_used_where_it_helps_most():
 def test_what_cannot_be_measured_is_named(model):
     with pytest.raises(KeyError, match='Nearest'): sensitivity(model, some(), layers='*.q_prj')
     with pytest.raises(TypeError, match='text_samples'): sensitivity(model, 'text')
+    with pytest.raises(ValueError, match='empty'): sensitivity(model, some(), {})
     with pytest.raises(TypeError, match=r"quants\['x'\]"): sensitivity(model, some(), dict(x=4))
     with quantised(model, FP4()), pytest.raises(ValueError, match='21 layers are in 4 bits already'): sensitivity(model, some())
     other = tiny_llama()
