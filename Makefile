@@ -11,7 +11,7 @@ lab: $(VENV)/installed
 ifdef HEADLESS
 	$(BIN)/lora-nb run $(TUTORIAL)
 else
-	$(BIN)/jupyter lab --notebook-dir=nbs $(TUTORIAL:nbs/%=nbs/%)
+	$(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(TUTORIAL)
 endif
 
 test: $(VENV)/tests-installed browser check-export

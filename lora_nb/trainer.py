@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_tensors', 'load_optimizer_tensors',
            'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'add_noise']
 
-# %% ../nbs/api/09_trainer.ipynb #6187943a
+# %% ../nbs/api/09_trainer.ipynb #32145782
 import json,math,os,shutil,threading,time
 from dataclasses import dataclass,asdict,replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from .adapter import adapters,_fsync
 from .data import batch_order,collate,collate_packed,pack_order
 from .loss import model_loss
 
-# %% ../nbs/api/09_trainer.ipynb #a60a19a9
+# %% ../nbs/api/09_trainer.ipynb #44a30604
 @dataclass(frozen=True)
 class Settings:
     "What a run was asked to do; written beside its checkpoints."
@@ -43,11 +43,11 @@ class Settings:
     checkpointing:bool=False # recompute activations in backward
     seed:int=42              # of the order of samples and of dropout
 
-# %% ../nbs/api/09_trainer.ipynb #aa7d7433
+# %% ../nbs/api/09_trainer.ipynb #e05880f7
 OPTIMIZERS = ('adamw','adamw8bit','paged_adamw8bit')
 SCHEDULES = {'cosine':'cosine', 'linear':'linear', 'constant':'constant_with_warmup'}
 
-# %% ../nbs/api/09_trainer.ipynb #14ff338c
+# %% ../nbs/api/09_trainer.ipynb #19a51330
 def check_settings(s:Settings):
     "Raises ValueError naming the setting, what it was and what is allowed."
     def need(ok, name, want):
@@ -66,7 +66,7 @@ def check_settings(s:Settings):
     need(s.optimizer in OPTIMIZERS, 'optimizer', f'one of {list(OPTIMIZERS)}')
     need(number(s.lr_ratio) and s.lr_ratio>0, 'lr_ratio', 'a number above 0')
 
-# %% ../nbs/api/09_trainer.ipynb #c3efed38
+# %% ../nbs/api/09_trainer.ipynb #8c899b26
 def _whole_folder(path, write):
     "Call `write(tmp)` on an empty folder beside `path`, flush it to disk, then rename it to `path`."
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -84,31 +84,43 @@ def _whole_folder(path, write):
         raise
     return path
 
-# %% ../nbs/api/09_trainer.ipynb #434d59cf
+# %% ../nbs/api/09_trainer.ipynb #f5731b8b
+def _flat(x, key):
+    "(key, tensor) of every leaf of nested dicts; a plain number becomes a tensor whose key ends in '::number'."
+    if isinstance(x, dict):
+        for k,v in x.items(): yield from _flat(v, f'{key}::{k}')
+    elif isinstance(x, torch.Tensor): yield key,x.detach().cpu().clone()
+    else: yield f'{key}::number',torch.tensor(x)
+
 def optimizer_tensors(opt, names:list)->dict:
     "The optimizer's state as flat named tensors; `names` are the parameters' names in the optimizer's order."
-    return {f"{names[i]}::{k}":v.detach().cpu().contiguous() for i,st in opt.state_dict()['state'].items() for k,v in st.items()}
+    return dict(kv for i,state in opt.state_dict()['state'].items() for kv in _flat(state, names[i]))
 
-# %% ../nbs/api/09_trainer.ipynb #ab889580
+# %% ../nbs/api/09_trainer.ipynb #11309b12
 def load_optimizer_tensors(opt, names:list, tensors:dict):
     "The inverse of `optimizer_tensors`. Raises KeyError naming a parameter that has no saved state."
-    state = {}
-    for i,n in enumerate(names):
-        state[i] = {k.split('::')[1]:v for k,v in tensors.items() if k.split('::')[0]==n}
-        if not state[i]: raise KeyError(f"The checkpoint holds no optimizer state for {n!r}")
-    opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
+    state = {n:{} for n in names}
+    for key,v in tensors.items():
+        *path,leaf = key.split('::')
+        if leaf=='number': *path,leaf,v = *path,v.item()
+        at = state
+        for k in path: at = at.setdefault(k, {})
+        at[leaf] = v
+    empty = [n for n in names if not state[n]]
+    if empty: raise KeyError(f"The checkpoint holds no optimizer state for {len(empty)} parameters, such as {empty[0]!r}")
+    opt.load_state_dict(dict(state={i:state[n] for i,n in enumerate(names)}, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/api/09_trainer.ipynb #0c92c69c
+# %% ../nbs/api/09_trainer.ipynb #32c48685
 class NonFiniteLoss(FloatingPointError): "The loss became NaN or infinite; the message names the step and the samples."
 
-# %% ../nbs/api/09_trainer.ipynb #ae8e7963
+# %% ../nbs/api/09_trainer.ipynb #78a9be15
 def _plain(x):
     "True for what JSON can hold."
     if isinstance(x, dict): return all(map(_plain, x.values()))
     if isinstance(x, (list, tuple)): return all(map(_plain, x))
     return x is None or isinstance(x, (str, int, float, bool))
 
-# %% ../nbs/api/09_trainer.ipynb #317b7bdd
+# %% ../nbs/api/09_trainer.ipynb #7fcb40b0
 class Run:
     "A training run: its events, and the means to pause, resume, stop and await it. Made by `Trainer.start` or `Trainer.fit`."
     def __init__(self, trainer, out):
@@ -146,7 +158,7 @@ class Run:
         last = self.log.loss.iloc[-1] if self.step else float('nan')
         return f"Run {self.state} at step {self.step} of {self.total_steps}, loss {last:.3f}, in {self.out}"
 
-# %% ../nbs/api/09_trainer.ipynb #b68aef6c
+# %% ../nbs/api/09_trainer.ipynb #bd2b7a27
 def _publish(self:Run, kind, **fields):
     event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
     if _plain(event):
@@ -162,13 +174,13 @@ def _publish(self:Run, kind, **fields):
             self.events.append(dict(event, kind='warning', text=f"A subscriber raised {type(e).__name__}: {e}. It is no longer called."))
 Run._publish = _publish
 
-# %% ../nbs/api/09_trainer.ipynb #60b2b1e9
+# %% ../nbs/api/09_trainer.ipynb #c326d3a2
 def _off(self:Run, where, item):
     with self._lock:
         if item in where: where.remove(item)
 Run._off = _off
 
-# %% ../nbs/api/09_trainer.ipynb #328f17f9
+# %% ../nbs/api/09_trainer.ipynb #49deb1ed
 def subscribe(
     self:Run,
     fn     # called with each event, in the worker thread
@@ -178,7 +190,7 @@ def subscribe(
     return lambda: self._off(self._subs, fn)
 Run.subscribe = subscribe
 
-# %% ../nbs/api/09_trainer.ipynb #fdaad3ba
+# %% ../nbs/api/09_trainer.ipynb #80d54afe
 def probe(
     self:Run,
     fn,              # fn(run) -> dict with 'kind', or None; called in the worker thread between two steps
@@ -190,7 +202,7 @@ def probe(
     return lambda: self._off(self._probes, item)
 Run.probe = probe
 
-# %% ../nbs/api/09_trainer.ipynb #d5124add
+# %% ../nbs/api/09_trainer.ipynb #56dd3fcb
 def while_waiting(
     self:Run,
     fn       # called without arguments in the thread that waits
@@ -200,7 +212,7 @@ def while_waiting(
     return lambda: self._off(self._waiting, fn)
 Run.while_waiting = while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #b7ac5bfd
+# %% ../nbs/api/09_trainer.ipynb #3482710f
 def _serve_probes(self:Run):
     with self._lock: items = list(self._probes)
     for item in items:
@@ -215,13 +227,13 @@ def _serve_probes(self:Run):
         if seen: self._publish(**seen)
 Run._serve_probes = _serve_probes
 
-# %% ../nbs/api/09_trainer.ipynb #0019b408
+# %% ../nbs/api/09_trainer.ipynb #3a569e44
 def _set_state(self:Run, state):
     self.state = state
     self._publish('state', state=state)
 Run._set_state = _set_state
 
-# %% ../nbs/api/09_trainer.ipynb #4606ffe8
+# %% ../nbs/api/09_trainer.ipynb #f5744392
 def pause(self:Run):
     "Halt at the next step boundary."
     self._go.clear()
@@ -240,7 +252,7 @@ def set_lr(self:Run, lr:float):
     self._lr = lr
 for f in (pause, resume, stop, save_now, set_lr): setattr(Run, f.__name__, f)
 
-# %% ../nbs/api/09_trainer.ipynb #5749d0af
+# %% ../nbs/api/09_trainer.ipynb #00277cb2
 def _boundary(self:Run)->bool:
     "Between two steps: serve probes, save, hold while paused. False: stop."
     self._serve_probes()
@@ -257,7 +269,7 @@ def _boundary(self:Run)->bool:
     return not self._stop.is_set()
 Run._boundary = _boundary
 
-# %% ../nbs/api/09_trainer.ipynb #a6eb0ba8
+# %% ../nbs/api/09_trainer.ipynb #bf5b4f82
 def wait(
     self:Run,
     progress:bool=True # show a progress bar
@@ -277,7 +289,7 @@ def wait(
     return self
 Run.wait = wait
 
-# %% ../nbs/api/09_trainer.ipynb #326ec187
+# %% ../nbs/api/09_trainer.ipynb #b744ec07
 def _while_waiting(self:Run, bar):
     bar.update(self.step-bar.n)
     last = next((e for e in reversed(self.events) if e['kind']=='step'), None)
@@ -286,20 +298,20 @@ def _while_waiting(self:Run, bar):
     for fn in fns: fn()
 Run._while_waiting = _while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #7ac21c7e
+# %% ../nbs/api/09_trainer.ipynb #0ef050f3
 class _LossModule(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
     def forward(self, batch, n): return model_loss(self.model, batch, n)
 
-# %% ../nbs/api/09_trainer.ipynb #d4cdfe40
+# %% ../nbs/api/09_trainer.ipynb #52f05dcf
 def _free_folder(out):
     "`out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten."
     out = Path(out)
     return next(p for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
-# %% ../nbs/api/09_trainer.ipynb #8d4f1b07
+# %% ../nbs/api/09_trainer.ipynb #d0575692
 def trained_adapter(model):
     "The one adapter on `model` whose parameters require gradients. Raises ValueError where there is none, or more than one."
     found = [a for a in adapters(model).values() if any(p.requires_grad for p in a.parameters())]
@@ -308,7 +320,7 @@ def trained_adapter(model):
                          + ("Put one on with add_lora(model)." if not found else "Choose one with train_only."))
     return found[0]
 
-# %% ../nbs/api/09_trainer.ipynb #efbaceb6
+# %% ../nbs/api/09_trainer.ipynb #a07ee3a3
 class Trainer:
     "Trains the parameters of `model` that require gradients (an adapter's) on `data`, with AdamW."
     def __init__(self,
@@ -330,7 +342,7 @@ class Trainer:
         self._resume_from = None
         self._plan()
 
-# %% ../nbs/api/09_trainer.ipynb #e1146ef6
+# %% ../nbs/api/09_trainer.ipynb #a558db18
 def param_groups(
     named:list,   # (name, parameter)
     s:Settings
@@ -342,7 +354,7 @@ def param_groups(
               dict(params=[p for n,p in named if p.ndim<=1], lr=s.lr, weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/api/09_trainer.ipynb #e8a4cb1e
+# %% ../nbs/api/09_trainer.ipynb #3b26f4c8
 def make_optimizer(groups, s:Settings, device):
     "AdamW over `groups`: torch's, or bitsandbytes' with 8-bit states (paged: they move to the CPU's memory when the card is full; CUDA only)."
     if s.optimizer=='adamw': return torch.optim.AdamW(groups, lr=s.lr)
@@ -351,7 +363,7 @@ def make_optimizer(groups, s:Settings, device):
         raise ValueError("optimizer='paged_adamw8bit' pages between a CUDA card and the CPU; on the CPU use 'adamw' or 'adamw8bit'")
     return (bo.PagedAdamW8bit if s.optimizer.startswith('paged') else bo.AdamW8bit)(groups, lr=s.lr)
 
-# %% ../nbs/api/09_trainer.ipynb #22b34919
+# %% ../nbs/api/09_trainer.ipynb #c5fe0324
 def _plan(self:Trainer):
     s = self.settings
     self.steps_per_epoch = math.ceil(len(self._batches(0))/s.accum)
@@ -367,7 +379,7 @@ def _plan(self:Trainer):
     self.scheduler = get_scheduler(SCHEDULES[s.schedule], opt, num_warmup_steps=round(s.warmup*self.total_steps), num_training_steps=self.total_steps)
 Trainer._plan = _plan
 
-# %% ../nbs/api/09_trainer.ipynb #91133455
+# %% ../nbs/api/09_trainer.ipynb #ca2aac9f
 def _batches(self:Trainer, epoch)->list:
     "Micro-batches of an epoch: lists of sample indices, or, packed, lists of rows of sample indices."
     s,lens = self.settings,[len(x) for x in self.data.train]
@@ -376,14 +388,14 @@ def _batches(self:Trainer, epoch)->list:
     return [rows[i:i+s.batch_size] for i in range(0, len(rows), s.batch_size)]
 Trainer._batches = _batches
 
-# %% ../nbs/api/09_trainer.ipynb #084b1cd8
+# %% ../nbs/api/09_trainer.ipynb #fd4a15fc
 def _batch(self:Trainer, samples):
     "A list of samples, or of rows of samples, on the model's device."
     make = collate_packed if isinstance(samples[0], list) else collate
     return {k:v.to(self.device) for k,v in make(samples, self.data.tok.pad_token_id or 0).items()}
 Trainer._batch = _batch
 
-# %% ../nbs/api/09_trainer.ipynb #13b07250
+# %% ../nbs/api/09_trainer.ipynb #c2cc6544
 def _step(self:Trainer, run, micro):
     "One optimizer step on a list of micro-batches of sample indices; returns (loss, gradient norm, tokens)."
     pick = lambda x: [pick(i) for i in x] if isinstance(x, list) else self.data.train[x]
@@ -406,7 +418,7 @@ def _step(self:Trainer, run, micro):
     return total,float(norm),sum(map(len, samples))
 Trainer._step = _step
 
-# %% ../nbs/api/09_trainer.ipynb #c7a79354
+# %% ../nbs/api/09_trainer.ipynb #54d5f37b
 @torch.no_grad()
 def evaluate(
     self:Trainer,
@@ -424,7 +436,7 @@ def evaluate(
     return total/sum(s.n_labels for s in samples)
 Trainer.evaluate = evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #3ed8de88
+# %% ../nbs/api/09_trainer.ipynb #3945b501
 def _evaluate(self:Trainer, run):
     "Publish the held-out loss; a best one since the start is checkpointed where the run watches for it."
     if not self.data.val: return
@@ -437,7 +449,7 @@ def _evaluate(self:Trainer, run):
     if better and self.settings.patience and run.step: self._checkpoint(run, 'best')
 Trainer._evaluate = _evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #471344c4
+# %% ../nbs/api/09_trainer.ipynb #4eb0b3ad
 def _rescale(self:Trainer, run, lr):
     ratio = lr/self.scheduler.base_lrs[0]
     self.scheduler.base_lrs = [b*ratio for b in self.scheduler.base_lrs]
@@ -446,7 +458,7 @@ def _rescale(self:Trainer, run, lr):
     run._publish('lr', lr=lr)
 Trainer._rescale = _rescale
 
-# %% ../nbs/api/09_trainer.ipynb #98c8066c
+# %% ../nbs/api/09_trainer.ipynb #625239e8
 def _checkpoint(self:Trainer, run, name=None):
     "Write `checkpoint-STEP` (or `name`) whole, then remove the oldest beyond `keep`."
     def write(tmp):
@@ -465,7 +477,7 @@ def _checkpoint(self:Trainer, run, name=None):
     return path
 Trainer._checkpoint = _checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #a90d20aa
+# %% ../nbs/api/09_trainer.ipynb #107ce430
 def _steps(self:Trainer, start):
     "(step, epoch so far, micro-batches) from step `start` on; depends on seed and epoch alone."
     s,step = self.settings,0
@@ -477,7 +489,7 @@ def _steps(self:Trainer, start):
             if step>start: yield step,step/self.steps_per_epoch,batches[k:k+s.accum]
 Trainer._steps = _steps
 
-# %% ../nbs/api/09_trainer.ipynb #1121f2fe
+# %% ../nbs/api/09_trainer.ipynb #b30c601e
 def add_noise(
     model,       # with input embeddings
     alpha:float  # size of the noise
@@ -489,7 +501,7 @@ def add_noise(
         return out+torch.empty_like(out).uniform_(-size, size)
     return model.get_input_embeddings().register_forward_hook(noisy).remove
 
-# %% ../nbs/api/09_trainer.ipynb #2a3c7616
+# %% ../nbs/api/09_trainer.ipynb #996246fb
 def _train(self:Trainer, run):
     start = self._restore(run) if self._resume_from else 0
     if not start: torch.manual_seed(self.settings.seed)
@@ -515,7 +527,7 @@ def _train(self:Trainer, run):
     return 'stopped' if run._stop.is_set() and run.step<self.total_steps else 'finished'
 Trainer._train = _train
 
-# %% ../nbs/api/09_trainer.ipynb #7c344015
+# %% ../nbs/api/09_trainer.ipynb #c313b026
 def _work(self:Trainer, run):
     "Runs `_train` to its end and leaves the run in its last state, whatever happens."
     try:
@@ -535,7 +547,7 @@ def _work(self:Trainer, run):
     run._done.set()
 Trainer._work = _work
 
-# %% ../nbs/api/09_trainer.ipynb #1c664e4d
+# %% ../nbs/api/09_trainer.ipynb #97e6900f
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once."
     run = Run(self, _free_folder(self.out))
@@ -547,7 +559,7 @@ def fit(self:Trainer)->Run:
     return self.start().wait()
 Trainer.start,Trainer.fit = start,fit
 
-# %% ../nbs/api/09_trainer.ipynb #498c5a4f
+# %% ../nbs/api/09_trainer.ipynb #a11bc99f
 def _restore(self:Trainer, run):
     folder = Path(self._resume_from)
     state = json.loads((folder/'run.json').read_text())
@@ -561,7 +573,7 @@ def _restore(self:Trainer, run):
     return run.step
 Trainer._restore = _restore
 
-# %% ../nbs/api/09_trainer.ipynb #f94e15aa
+# %% ../nbs/api/09_trainer.ipynb #994f9d81
 @classmethod
 def resume_run(cls,
     folder, # a checkpoint's folder

@@ -98,10 +98,10 @@ def test_events_on_disk_are_those_in_memory(tmp_path):
     assert [e['step'] for e in run.events if e['kind'] == 'step'] == list(range(1, run.total_steps+1))
 
 
-@pytest.mark.parametrize('dropout,accum', [(0., 1), (.1, 1), (.1, 2)])
-def test_a_resumed_run_is_the_uncut_run(tmp_path, dropout, accum):
-    whole = trainer(tmp_path, dropout=dropout, accum=accum).fit()
-    t = trainer(tmp_path, dropout=dropout, accum=accum)
+@pytest.mark.parametrize('dropout,settings', [(0., {}), (.1, {}), (.1, dict(accum=2)), (0., dict(neftune=5.)), (0., dict(optimizer='adamw8bit')), (0., dict(lr_ratio=16., patience=9)), (0., dict(batch_size=3))])
+def test_a_resumed_run_is_the_uncut_run(tmp_path, dropout, settings):
+    whole = trainer(tmp_path, dropout=dropout, **settings).fit()
+    t = trainer(tmp_path, dropout=dropout, **settings)
     cut = Run(t, tmp_path/'cut')
     cut.subscribe(lambda e: e['kind'] == 'step' and e['step'] == 5 and cut.stop())
     t._work(cut)
@@ -210,3 +210,107 @@ def test_evaluation_is_the_token_mean_of_the_models_own_loss(tmp_path):
     t.model.eval()
     rows = [t.model(**collate([s])).loss.item()*s.n_labels for s in t.data.val]
     assert t.evaluate() == pytest.approx(sum(rows)/sum(s.n_labels for s in t.data.val), rel=1e-5)
+
+
+def test_the_learning_rate_changes_while_it_runs(tmp_path):
+    t = trainer(tmp_path, schedule='constant', warmup=0.)
+    run = Run(t, tmp_path/'r')
+    run.subscribe(lambda e: e['kind'] == 'step' and e['step'] == 5 and run.set_lr(1e-3))
+    t._work(run)
+    assert run.log.lr.tolist() == pytest.approx([1e-2]*5+[1e-3]*(run.total_steps-5))
+    with pytest.raises(ValueError, match='lr=2'): run.set_lr(2)
+
+
+def test_it_stops_early_and_keeps_the_best(tmp_path):
+    from safetensors.torch import load_file
+    t = trainer(tmp_path, lr=.5, epochs=60, eval_every=2, patience=3, clip=0)
+    run = t.fit()
+    losses = run.evals.loss.tolist()
+    assert run.state == 'finished' and run.step < run.total_steps and len(losses)-1-losses.index(min(losses)) == 3
+    if losses.index(min(losses)) > 0:
+        t.adapter.load_state_dict({k.removeprefix('adapter::'): v for k, v in load_file(run.out/'best/training.safetensors').items() if k.startswith('adapter::')})
+        assert t.evaluate() == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_old_checkpoints_are_pruned(tmp_path):
+    run = trainer(tmp_path, save_every=3, keep=2).fit()
+    assert sorted(p.name for p in run.out.glob('checkpoint-*')) == ['checkpoint-18', 'checkpoint-21'] and run.checkpoint.name == 'checkpoint-21'
+
+
+def test_save_now_saves_at_the_next_step(tmp_path):
+    t = trainer(tmp_path)
+    run = Run(t, tmp_path/'r')
+    run.subscribe(lambda e: e['kind'] == 'step' and e['step'] == 4 and run.save_now())
+    t._work(run)
+    assert [Path(e['path']).name for e in run.events if e['kind'] == 'checkpoint'] == ['checkpoint-4', 'checkpoint-21']
+
+
+def test_packed_training_learns_from_every_sample_once_an_epoch(tmp_path):
+    model = tiny_llama()
+    add_lora(model, r=8, alpha=16)
+    data = counting()
+    data.max_len = 48
+    t = Trainer(model, data, out=tmp_path/'r', lr=1e-2, epochs=2, batch_size=2, packing=True)
+    assert sorted(i for b in t._batches(1) for r in b for i in r) == list(range(len(data.train)))
+    run = t.fit()
+    assert run.total_steps == 2*math.ceil(14/2) and run.log.tokens.sum() == 2*sum(map(len, data.train)) and run.log.loss.iloc[-1] < run.log.loss.iloc[0]
+
+
+def test_lora_plus_is_pefts(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+    t = trainer(tmp_path, lr_ratio=16., weight_decay=.1)
+    peer = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear'))
+    opt = create_loraplus_optimizer(peer, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=16, loraplus_weight_decay=.1)
+    count = lambda groups: {(round(g.get('initial_lr', g['lr']), 9), g['weight_decay']): sum(p.numel() for p in g['params']) for g in groups if g['params']}
+    assert count(t.optimizer.param_groups) == count(opt.param_groups)
+
+
+def test_vectors_are_not_decayed(tmp_path):
+    model = tiny_llama()
+    add_lora(model, r=4, alpha=8, dora=True)
+    t = Trainer(model, counting(), out=tmp_path/'r', weight_decay=.1)
+    decays = {p.ndim: g['weight_decay'] for g in t.optimizer.param_groups for p in g['params']}
+    assert decays == {1: 0., 2: .1}
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'adamw8bit'])
+def test_eight_bit_adamw_works_on_the_cpu_too(tmp_path, optimizer):
+    run = trainer(tmp_path, optimizer=optimizer, epochs=4).fit()
+    assert run.log.loss.iloc[-1] < run.log.loss.iloc[0]*.85
+
+
+def test_paged_adamw_is_refused_on_the_cpu(tmp_path):
+    with pytest.raises(ValueError, match='paged_adamw8bit'): trainer(tmp_path, optimizer='paged_adamw8bit')
+
+
+def test_neftune_trains_and_comes_off(tmp_path):
+    t = trainer(tmp_path, neftune=5.)
+    ids = torch.arange(6)[None]
+    clean = t.model.get_input_embeddings()(ids).clone()
+    a, b = t.fit(), trainer(tmp_path).fit()
+    assert a.log.loss.tolist() != b.log.loss.tolist()
+    assert torch.equal(t.model.train().get_input_embeddings()(ids), clean)
+
+
+def test_fifty_steps_are_those_of_transformers_trainer_with_peft(tmp_path):
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from transformers import Trainer as HFTrainer, TrainingArguments
+    t = trainer(tmp_path, epochs=8, schedule='linear', batch_size=4, accum=2)
+    peer = get_peft_model(tiny_llama(), LoraConfig(r=8, lora_alpha=16, target_modules='all-linear'))
+    set_peft_model_state_dict(peer, {k: v.clone() for k, v in t.adapter.state_dict().items()})
+    order = [i for epoch in range(8) for b in t._batches(epoch) for i in b]
+    rows = Dataset.from_list([dict(input_ids=t.data.train[i].input_ids, labels=t.data.train[i].labels) for i in order])
+    args = TrainingArguments(output_dir=str(tmp_path/'hf'), per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2, warmup_steps=round(.05*56),
+                             lr_scheduler_type='linear', num_train_epochs=1, logging_steps=1, report_to=[], use_cpu=True, save_strategy='no', max_grad_norm=1., disable_tqdm=True)
+
+    class InOrder(HFTrainer):
+        def _get_train_sampler(self, *a, **k): return torch.utils.data.SequentialSampler(rows)
+    from transformers import default_data_collator
+    peer_trainer = InOrder(model=peer, args=args, train_dataset=rows, data_collator=default_data_collator)
+    peer_trainer.train()
+    theirs = [h['loss'] for h in peer_trainer.state.log_history if 'loss' in h]
+    ours = t.fit().log.loss.tolist()
+    assert len(ours) == len(theirs) == 56
+    assert ours == pytest.approx(theirs, abs=1e-4)
