@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'INITS', 'alpha_over_r', 'rslora', 'kaiming', 'gaussian', 'zero_start', 'pissa', 'olora', 'weight_2d',
-           'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding']
+           'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding', 'LoRAConv2d', 'Own',
+           'OwnTensors', 'embedding_rows', 'head_rows', 'OwnRows']
 
-# %% ../nbs/api/04_lora.ipynb #c020d929
+# %% ../nbs/api/04_lora.ipynb #7be61dbd
 import math
 from collections.abc import Callable
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/api/04_lora.ipynb #229f65e5
+# %% ../nbs/api/04_lora.ipynb #152a3393
 def alpha_over_r(
     alpha:float, # loudness of the update; PEFT's `lora_alpha`
     r:int        # rank
@@ -31,7 +32,7 @@ def rslora(
 
 SCALINGS = {'alpha/r': alpha_over_r, 'rslora': rslora}
 
-# %% ../nbs/api/04_lora.ipynb #be7c325b
+# %% ../nbs/api/04_lora.ipynb #57d259c2
 def kaiming(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), float32
     "A uniform in ±1/√in, as `nn.Linear` starts; B zero (PEFT's `init_lora_weights=True`)."
     bound = 1/math.sqrt(layer.in_features)
@@ -45,7 +46,7 @@ def zero_start(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
     "Both zero: room for tensors that are read from a file. It cannot learn from here."
     return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
 
-# %% ../nbs/api/04_lora.ipynb #2dd3ac43
+# %% ../nbs/api/04_lora.ipynb #c6c16e76
 def _weight_for(layer, r, what):
     if r > (most := min(layer.in_features, layer.out_features)):
         raise ValueError(f"init='{what}' takes r directions of a W {(layer.out_features, layer.in_features)}, which has {most}; "
@@ -66,25 +67,26 @@ def olora(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
 
 INITS:dict[str,Callable] = {'kaiming': kaiming, 'gaussian': gaussian, 'pissa': pissa, 'olora': olora, 'zeros': zero_start}
 
-# %% ../nbs/api/04_lora.ipynb #154f825b
+# %% ../nbs/api/04_lora.ipynb #53361b38
 def weight_2d(
-    base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
+    base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
 )->Tensor:         # W (out, in), detached; a 4-bit base is dequantised
     "The base's weight as LoRA's formula means it: `x (…, in)` goes to `x Wᵀ (…, out)`; an embedding maps a one-hot x."
     if hasattr(base, 'dequantize'): return base.dequantize().detach()
+    if isinstance(base, nn.Conv2d): return base.weight.detach().flatten(1)
     if hasattr(base.weight, 'quant_state'):
         from bitsandbytes.functional import dequantize_4bit
         return dequantize_4bit(base.weight.data, base.weight.quant_state).detach()
     W = base.weight.detach()
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W
 
-# %% ../nbs/api/04_lora.ipynb #a9df5e7f
+# %% ../nbs/api/04_lora.ipynb #39857962
 def patch_to(cls):
     "Decorator: make the function below a method of `cls`."
     def put(f): setattr(cls, f.__name__, f)
     return put
 
-# %% ../nbs/api/04_lora.ipynb #01dbca9f
+# %% ../nbs/api/04_lora.ipynb #30bdf367
 def _check(name, r, alpha, dropout, scaling, init):
     if not isinstance(name, str) or not name or '.' in name:
         raise ValueError(f'An adapter is named by a string without dots; given {name!r}.')
@@ -94,7 +96,7 @@ def _check(name, r, alpha, dropout, scaling, init):
     if scaling not in SCALINGS: raise ValueError(f'No scaling {scaling!r}. There are: {", ".join(SCALINGS)}.')
     if init not in INITS: raise ValueError(f'No init {init!r}. There are: {", ".join(INITS)}.')
 
-# %% ../nbs/api/04_lora.ipynb #b47a0e61
+# %% ../nbs/api/04_lora.ipynb #562eaf2b
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates beside it: y = base(x) + s·(dropout(x) Aᵀ) Bᵀ, for each active adapter.
 
@@ -111,6 +113,11 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def _features_of(base): return base.out_features,base.in_features
+    @classmethod
+    def file_shapes(cls, base, r):
+        "Shapes of A, B and the magnitude in PEFT's file, for a rank r."
+        out,inp = cls._features_of(base)
+        return (r, inp),(out, r),(out,)
     def weight_2d(self): return weight_2d(self.base)
     def start(self, init, r, scaling): return INITS[init](self, r, scaling)
     def _can_dora(self): pass
@@ -132,6 +139,12 @@ class LoRALinear(nn.Module):
         return F.linear(F.linear(x, A.to(x.dtype))*scaling, B.to(x.dtype))
 
     def drop(self, name, x): return F.dropout(x, self.dropout[name], self.training)
+    def to_output(self, v): return v  # a vector (out,) beside an output (…, out)
+    def bare(self, A):
+        "W Aᵀ, (k, out): the base applied to the rows of A, without its bias."
+        bias,w = getattr(self.base, 'bias', None),getattr(self.base, 'weight', None)
+        WA = self.base(A.to(w.dtype) if w is not None and w.is_floating_point() else A)
+        return WA if bias is None else WA - bias
 
     def update(self, name, x):
         "What adapter `name` adds to the base's output for `x`, before any magnitude (DoRA)."
@@ -142,12 +155,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{n}: r={len(A)}' for n,A in self.A.items())
 
-# %% ../nbs/api/04_lora.ipynb #4f174352
+# %% ../nbs/api/04_lora.ipynb #6edc6966
 def add_update(layer, name, x, y):
     "y + ΔW x: LoRA's own way to join the base's output `y (…, out)`."
     return y + layer.update(name, x)
 
-# %% ../nbs/api/04_lora.ipynb #cd28b885
+# %% ../nbs/api/04_lora.ipynb #6034b831
 @torch.no_grad()
 def _place(layer, name, A, B):
     "Make A and B this layer's parameters, on the base's device; keep a copy of a start whose product is not zero."
@@ -187,7 +200,7 @@ def drop_adapter(self, name:str):
         if name in d: del d[name]
     if name in self.active: self.active.remove(name)
 
-# %% ../nbs/api/04_lora.ipynb #a7397f65
+# %% ../nbs/api/04_lora.ipynb #36fce4ca
 @patch_to(LoRALinear)
 @torch.no_grad()
 def factors(self, name:str='default'
@@ -205,7 +218,7 @@ def delta(self, name:str='default'
     A,B = self.factors(name)
     return self.scaling[name]*(B @ A)
 
-# %% ../nbs/api/04_lora.ipynb #92d14b4f
+# %% ../nbs/api/04_lora.ipynb #5358aca4
 def thin_svd(
     A:Tensor, # (…, k, in)
     B:Tensor  # (…, out, k)
@@ -216,25 +229,21 @@ def thin_svd(
     U,S,Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     return Qb @ U, S, Vh @ Qa.mT
 
-# %% ../nbs/api/04_lora.ipynb #d8686b7c
+# %% ../nbs/api/04_lora.ipynb #9fb406ad
 @patch_to(LoRALinear)
 @torch.no_grad()
 def row_norm(self, name:str='default'
 )->Tensor: # (out,)
     "Row lengths of W + ΔW, without building ΔW."
-    (A,B),s,bias = self.factors(name),self.scaling[name],getattr(self.base, 'bias', None)
-    w = getattr(self.base, 'weight', None)
-    A_in = A.to(w.dtype) if w is not None and w.is_floating_point() else A
-    WA = self.base(A_in)                                                                  # (k, out)
-    if bias is not None: WA = WA - bias
-    cross,square = (B*WA.T.to(B.dtype)).sum(1),((B @ (A @ A.T))*B).sum(1)
+    (A,B),s = self.factors(name),self.scaling[name]
+    cross,square = (B*self.bare(A).T.to(B.dtype)).sum(1),((B @ (A @ A.T))*B).sum(1)
     return (self.W_square + 2*s*cross + s*s*square).clamp_min(0).sqrt()
 
 def dora_update(layer, name, x, y):
     "y's bias-free part rescaled to the learnt row lengths: g·(base(x) + ΔW x), g = m/‖W + ΔW‖ (DoRA, 2402.09353, eq. 5 and 11)."
-    g = (layer.m[name]/layer.row_norm(name)).to(y.dtype)
+    g = layer.to_output(layer.m[name]/layer.row_norm(name)).to(y.dtype)
     bias = getattr(layer.base, 'bias', None)
-    return y + (g - 1)*(y if bias is None else y - bias) + g*layer.update(name, x)
+    return y + (g - 1)*(y if bias is None else y - layer.to_output(bias)) + g*layer.update(name, x)
 
 @torch.no_grad()
 def _start_magnitude(layer, name):
@@ -244,7 +253,7 @@ def _start_magnitude(layer, name):
     layer.m[name] = nn.Parameter(layer.row_norm(name))
     layer.how[name] = dora_update
 
-# %% ../nbs/api/04_lora.ipynb #add7cef8
+# %% ../nbs/api/04_lora.ipynb #a6ac7ea8
 @patch_to(LoRALinear)
 @torch.no_grad()
 def merged(self,
@@ -258,13 +267,13 @@ def merged(self,
         if n in self.m: W *= (self.m[n]/self.row_norm(n))[:,None].to(W.dtype)
     return W
 
-# %% ../nbs/api/04_lora.ipynb #65715e40
+# %% ../nbs/api/04_lora.ipynb #f54e73e5
 class LoRAConv1D(LoRALinear):
     "`LoRALinear` over transformers' `Conv1D`, whose weight is stored (in, out)."
     @staticmethod
     def _features_of(base): return base.weight.shape[1],base.weight.shape[0]
 
-# %% ../nbs/api/04_lora.ipynb #7c8479b2
+# %% ../nbs/api/04_lora.ipynb #4a218118
 class LoRAEmbedding(LoRALinear):
     """`nn.Embedding` with low-rank updates: y = base(ids) + s·A[:, ids]ᵀ Bᵀ; `A (r, vocabulary)`, `B (dim, r)`.
 
@@ -282,7 +291,131 @@ class LoRAEmbedding(LoRALinear):
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r)
     def _can_dora(self): raise ValueError('DoRA is built for linear layers; leave embeddings out of `targets`, or use dora=False.')
 
-# %% ../nbs/api/04_lora.ipynb #0e0c8ad1
+# %% ../nbs/api/04_lora.ipynb #60d8e78c
+class LoRAConv2d(LoRALinear):
+    "`LoRALinear` over `nn.Conv2d`: A (r, in·kh·kw) acts as a convolution of the base's stride, padding and dilation, B (out, r) as a 1×1 one."
+    def __init__(self, base):
+        if base.groups != 1: raise ValueError(f'a convolution with groups={base.groups}; adapters go on convolutions with groups=1. Leave it out of `targets`.')
+        if base.padding_mode != 'zeros': raise ValueError(f"a convolution with padding_mode='{base.padding_mode}'; adapters go on convolutions that pad with zeros. Leave it out of `targets`.")
+        super().__init__(base)
+    @staticmethod
+    def _features_of(base): return base.out_channels,base.weight[0].numel()
+    @classmethod
+    def file_shapes(cls, base, r): return (r, *base.weight.shape[1:]),(base.out_channels, r, 1, 1),(1, base.out_channels, 1, 1)
+    def low_rank(self, x, A, B, scaling):
+        h = self.base._conv_forward(x, A.to(x.dtype).view(-1, *self.base.weight.shape[1:]), None)
+        return F.conv2d(h*scaling, B.to(x.dtype)[:,:,None,None])
+    def to_output(self, v): return v[:,None,None]
+    def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
+
+# %% ../nbs/api/04_lora.ipynb #2d76f17d
+class Own(nn.Module):
+    "A module beside which adapters hold tensors of their own; `active` names those that take part. Other attributes are the base's."
+    def __init__(self, base):
+        super().__init__()
+        self.base,self.active,self.rows = base,[],None
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError:
+            if name=='base': raise
+            return getattr(self.base, name)
+    def now(self):
+        "The adapter whose tensors count now; None in a batch whose rows have their own adapters."
+        return None if self.rows is not None else next((n for n in reversed(self.active) if self.holds(n)), None)
+
+# %% ../nbs/api/04_lora.ipynb #5ae00c93
+class OwnTensors(Own):
+    """The base, run with an adapter's own copies of some of its parameters (and, for a whole module, buffers).
+
+    `own[name]` holds them, "." written as "/"; they start as the base's values in fp32 (fp64 for fp64)."""
+    def __init__(self, base):
+        super().__init__(base)
+        self.own = nn.ModuleDict()
+
+    def holds(self, name): return name in self.own
+    def empty(self): return not self.own
+    def bare(self): return self.base.base if isinstance(self.base, LoRALinear) else self.base
+
+    @torch.no_grad()
+    def add(self, name, which=None): # which: names of parameters; None: all of them, and the buffers
+        "Give adapter `name` its copies."
+        held,base = nn.Module(),self.bare()
+        for k,p in base.named_parameters():
+            if which is None or k in which:
+                held.register_parameter(k.replace('.', '/'), nn.Parameter(p.detach().to(torch.float64 if p.dtype==torch.float64 else torch.float32, copy=True)))
+        if which is None:
+            for k in base.state_dict().keys() - dict(base.named_parameters()).keys(): held.register_buffer(k.replace('.', '/'), base.get_buffer(k).detach().clone())
+        self.own[name] = held
+        return self
+
+    def drop_adapter(self, name):
+        del self.own[name]
+        self.active = [n for n in self.active if n != name]
+
+    def tensors(self, name):
+        "Name in the base → this adapter's tensor (parameters and buffers)."
+        return {k.replace('/', '.'): t for k,t in {**self.own[name]._parameters, **self.own[name]._buffers}.items()}
+
+    def forward(self, *args, **kwargs):
+        if (n := self.now()) is None: return self.base(*args, **kwargs)
+        base,pre = self.bare(),'base.' if isinstance(self.base, LoRALinear) else ''
+        mine = {pre+k: t.to(base.get_parameter(k).dtype) if isinstance(t, nn.Parameter) else t for k,t in self.tensors(n).items()}
+        return torch.func.functional_call(self.base, mine, args, kwargs)
+
+# %% ../nbs/api/04_lora.ipynb #a6b5371d
+def embedding_rows(base, ids, y, rows, index):
+    "y = base(ids) with `rows (k, dim)` in the places of the token ids `index (k,)`."
+    place = torch.full((base.num_embeddings,), -1, device=ids.device).index_put_((index,), torch.arange(len(index), device=ids.device))
+    at,pad = place[ids],None if base.padding_idx is None else int(place[base.padding_idx])
+    new = F.embedding(at.clamp_min(0), rows.to(base.weight.dtype), pad if pad is not None and pad >= 0 else None)
+    scale = getattr(base, 'embed_scale', None)
+    if scale is not None: new = new*(scale.to(new.dtype) if isinstance(scale, Tensor) else scale)
+    return torch.where((at >= 0)[...,None], new, y)
+
+def head_rows(base, x, y, rows, index):
+    "y = base(x), whose columns `index` are computed with `rows (k, dim)` in the place of the weight's."
+    return y.index_add(-1, index, F.linear(x, (rows - base.weight[index]).to(x.dtype)).to(y.dtype))
+
+class OwnRows(Own):
+    """An embedding or an output layer with an adapter's own rows for some token ids; `row[name] (k, dim)`, fp32.
+
+    `source`: the wrapped embedding that this output layer is tied to, whose rows it then shares."""
+    def __init__(self, base, source=None):
+        super().__init__(base)
+        self.row,self.index,self.source = nn.ParameterDict(),nn.Module(),[source]
+
+    def holder(self): return self if self.source[0] is None else self.source[0]
+    def holds(self, name): return name in self.holder().row
+    def empty(self): return not self.holder().row
+    def bare(self): return self.base.base if isinstance(self.base, LoRALinear) else self.base
+
+    @torch.no_grad()
+    def add(self, name, ids): # ids: distinct token ids
+        "Give adapter `name` its rows; they start as the base's."
+        W = self.bare().weight
+        if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(W)]: raise ValueError(f'{bad[:5]} are no token ids of a vocabulary of {len(W)}. Resize the embeddings first (model.resize_token_embeddings).')
+        if len(set(ids)) < len(ids) or not ids: raise ValueError(f'Token ids must be distinct, and at least one; given {list(ids)[:12]}.')
+        if getattr(self.bare(), 'max_norm', None) is not None: raise ValueError('An embedding with max_norm rescales its rows as it is read; single rows of it cannot be trained.')
+        self.index.register_buffer(name, torch.tensor(ids, device=W.device), persistent=False)
+        self.row[name] = nn.Parameter(W[self.index._buffers[name]].to(torch.float64 if W.dtype==torch.float64 else torch.float32, copy=True))
+        return self
+
+    def drop_adapter(self, name):
+        if self.source[0] is None: del self.row[name],self.index._buffers[name]
+        self.active = [n for n in self.active if n != name]
+
+    def replaced(self, name):
+        "The whole weight with this adapter's rows in it, detached; a new tensor of the base's dtype."
+        h,W = self.holder(),self.bare().weight.detach()
+        return W.index_copy(0, h.index._buffers[name], h.row[name].detach().to(W.dtype))
+
+    def forward(self, x):
+        y,n,base = self.base(x),self.now(),self.bare()
+        if n is None: return y
+        h = self.holder()
+        return (embedding_rows if isinstance(base, nn.Embedding) else head_rows)(base, x, y, h.row[n], h.index._buffers[n])
+
+# %% ../nbs/api/04_lora.ipynb #f8421897
 @patch_to(LoRALinear)
 def _by_row(self, x, y):
     if len(self.rows) != len(x):

@@ -4,9 +4,9 @@ import peft, pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 from lora_nb.adapter import (AdapterMismatch, BadAdapterFile, TargetError, UnsupportedAdapter, activate, adapters, add_lora, base_modules,
-                             by_row, combine, expand, extract, find_targets, fingerprint, load_adapter, short_names, targets_preview, train_only, truncate)
+                             by_row, combine, expand, extract, find_targets, fingerprint, load_adapter, short_names, targets_preview, train_only, truncate, untie)
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.lora import LoRALinear
 from lora_nb.quantize import NF4
@@ -125,7 +125,7 @@ def test_pefts_fused_experts_are_refused(tmp_path):
 @pytest.mark.parametrize('base', EMBED)
 def test_embeddings_both_ways(base, tmp_path):
     names = [EMBED[base], 'q_proj' if base=='llama' else 'c_attn']
-    model = BASES[base][0]()
+    model = BASES[base][0]() if base=='llama' else untie(gpt2())
     adapter = add_lora(model, r=4, targets=names)
     shake(adapter.parameters())
     adapter.save(tmp_path/'a')
@@ -138,10 +138,10 @@ def test_embeddings_both_ways(base, tmp_path):
     load_adapter(again, tmp_path/'b')
     close(logits(again), want)
 
-def steps(model, params, n=10):
+def steps(model, params, n=10, labels=X):
     opt,losses = torch.optim.AdamW(params, lr=1e-3),[]
     for _ in range(n):
-        loss = model(X, labels=X).loss
+        loss = model(X, labels=labels).loss
         losses.append(loss.item()); loss.backward(); opt.step(); opt.zero_grad()
     return torch.tensor(losses)
 
@@ -362,8 +362,12 @@ FAULTS = {
     'targets fewer': (cfg(target_modules=['q_proj']), AdapterMismatch, 'not expected'), 'targets more': (cfg(target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'lm_head']), AdapterMismatch, 'missing'),
     'targets a norm': (cfg(target_modules=['norm']), UnsupportedAdapter, 'LlamaRMSNorm'),
     'flag a string': (cfg(use_rslora='yes'), BadAdapterFile, 'use_rslora'), 'dora without magnitude': (cfg(use_dora=True), AdapterMismatch, 'lora_magnitude_vector'),
-    'not LoRA': (cfg(peft_type='IA3'), UnsupportedAdapter, "'IA3'"), 'bias': (cfg(bias='all'), UnsupportedAdapter, 'bias'),
-    'modules_to_save': (cfg(modules_to_save=['lm_head']), UnsupportedAdapter, 'modules_to_save'), 'aLoRA': (cfg(alora_invocation_tokens=[1]), UnsupportedAdapter, 'alora'),
+    'not LoRA': (cfg(peft_type='IA3'), UnsupportedAdapter, "'IA3'"), 'bias': (cfg(bias='some'), BadAdapterFile, 'bias'),
+    'modules_to_save without tensors': (cfg(modules_to_save=['lm_head']), AdapterMismatch, 'missing: base_model.model.lm_head.weight'),
+    'modules_to_save unknown': (cfg(modules_to_save=['nobody']), UnsupportedAdapter, 'nobody'), 'modules_to_save a number': (cfg(modules_to_save=3), BadAdapterFile, 'modules_to_save'),
+    'token rows missing': (cfg(trainable_token_indices=[3]), AdapterMismatch, 'trainable_tokens_delta'), 'token ids strings': (cfg(trainable_token_indices=['a']), BadAdapterFile, 'trainable_token_indices'),
+    'token ids out of range': (lambda f: (cfg(trainable_token_indices=[96])(f), tensors(lambda s, k: put(s, 'base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta', torch.zeros(1, 64)))(f)), ValueError, 'vocabulary of 96'),
+    'aLoRA': (cfg(alora_invocation_tokens=[1]), UnsupportedAdapter, 'alora'),
     'loftq': (cfg(init_lora_weights='loftq'), UnsupportedAdapter, 'loftq'), 'init a number': (cfg(init_lora_weights=3), UnsupportedAdapter, 'init_lora_weights=3'),
     'tensor missing': (tensors(lambda s, k: s.pop(k)), AdapterMismatch, '1 missing'), 'tensor extra': (tensors(lambda s, k: put(s, 'x.lora_A.weight', torch.zeros(2))), AdapterMismatch, '1 not expected'),
     'wrong shape': (tensors(lambda s, k: put(s, k, torch.zeros(4, 63))), AdapterMismatch, r'\(4, 63\), expected \(4, 64\)'),
@@ -575,3 +579,264 @@ def test_extract_refuses_other_architectures():
         with pytest.raises(ValueError): extract(model, llama(), **kw)
     with pytest.raises(ValueError, match='differ in'): extract(model, llama(intermediate_size=80), rank=2)
     assert not adapters(model)
+
+# --- what trains in full -----------------------------------------------------------------------------------------------
+
+def biased(**kw):
+    model = llama(attention_bias=True, mlp_bias=True, **kw)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for n,p in model.named_parameters():
+            if n.endswith('bias'): p.copy_(.1*torch.randn(p.shape, generator=g))
+    return model
+
+def seq_cls():
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=96, num_labels=3, pad_token_id=0, initializer_range=.1)).eval()
+
+def tied(): return llama(tie_word_embeddings=True)
+
+IDS = [5, 90, 17]
+FULL = {  # base, what ours and PEFT's are given, modules beside the LoRA layers
+    'rows': (llama, dict(trainable_token_indices=IDS)), 'rows, tied': (tied, dict(trainable_token_indices=IDS)), 'rows, gpt2': (gpt2, dict(trainable_token_indices=IDS)),
+    'rows of both': (llama, dict(trainable_token_indices={'embed_tokens': IDS, 'lm_head': [1, 5]})),
+    'rows of both, tied': (tied, dict(trainable_token_indices={'embed_tokens': IDS, 'lm_head': IDS})),
+    'head and norm': (llama, dict(modules_to_save=['lm_head', 'model.norm'])), 'score': (seq_cls, dict(modules_to_save=['score'])),
+    'embedding': (llama, dict(modules_to_save=['embed_tokens'])),
+    'bias all': (biased, dict(bias='all')), 'bias lora_only': (biased, dict(bias='lora_only')), 'bias gpt2': (gpt2, dict(bias='all')),
+    'bias dora': (biased, dict(bias='lora_only', dora=True)), 'rows and norm': (tied, dict(trainable_token_indices=IDS, modules_to_save=['model.norm'])),
+}
+
+def in_full(case, **kw):
+    make,kw2 = FULL[case]
+    return make,['c_attn'] if make is gpt2 else ['q_proj', 'up_proj'],dict(kw2, **kw)
+
+def their_full(case):
+    make,targets,kw = in_full(case)
+    torch.manual_seed(1)
+    if kw.pop('dora', False): kw['use_dora'] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return get_peft_model(make(), LoraConfig(r=4, lora_alpha=6, target_modules=targets, fan_in_fan_out=make is gpt2, **kw)).eval()
+
+def trained(peer): return [p for p in peer.parameters() if p.requires_grad]
+
+@pytest.mark.parametrize('case', FULL)
+def test_in_full_loads_in_peft(case, tmp_path):
+    make,targets,kw = in_full(case)
+    model = make()
+    before = logits(model)
+    a = add_lora(model, r=4, alpha=6, targets=targets, **kw)
+    assert torch.equal(logits(model), before) and a.own
+    shake(a.parameters())
+    want = logits(model)
+    a.save(tmp_path/'a')
+    peer = PeftModel.from_pretrained(make(), tmp_path/'a').eval()
+    close(want, logits(peer))
+    again = load_adapter(make(), tmp_path/'a')
+    assert torch.equal(logits(again.model), want) and again.beyond==a.beyond and again.n_params==a.n_params
+    with a.disabled(): assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), want)
+    modules = base_modules(make())
+    a.remove()
+    assert torch.equal(logits(model), before) and [n for n,_ in model.named_modules()][1:]==list(modules)
+    assert all(p.requires_grad for p in model.parameters())
+
+@pytest.mark.parametrize('case', FULL)
+def test_pefts_in_full_loads_here(case, tmp_path):
+    peer = their_full(case)
+    shake(trained(peer))
+    want = logits(peer)
+    peer.save_pretrained(tmp_path/'a')
+    model = in_full(case)[0]()
+    a = load_adapter(model, tmp_path/'a')
+    close(logits(model), want)
+    assert a.n_params == sum(p.numel() for p in trained(peer))
+    # every tensor counts
+    state = {k: v.clone() for k,v in a.state_dict().items()}
+    for k in dict(a.own_tensors()):
+        a.load_state_dict({**state, k: state[k] + .5})
+        assert not torch.equal(logits(model), want), k
+
+@pytest.mark.parametrize('case', FULL)
+def test_in_full_ten_steps_give_pefts_losses(case):
+    peer = their_full(case)
+    make,targets,kw = in_full(case)
+    a = add_lora(make(), r=4, alpha=6, targets=targets, **kw)
+    start = {k: v for k,v in peft.get_peft_model_state_dict(peer, save_embedding_layers=False).items()}
+    state = a.state_dict()
+    assert set(state) <= set(start)
+    a.load_state_dict({k: start[k] for k in state})
+    labels = torch.tensor([1, 2]) if make is seq_cls else X
+    got,want = steps(a.model, list(a.parameters()), labels=labels),steps(peer, trained(peer), labels=labels)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert want[-1] < want[0] - .01
+
+def test_own_tensors_are_in_state_and_checkpoints():
+    a,b = (add_lora(biased(), r=2, targets='q_proj', bias='all', modules_to_save='lm_head', trainable_token_indices=IDS) for _ in range(2))
+    shake(a.parameters())
+    assert {k for k,_ in a.named_parameters()} == set(a.state_dict()) and len(a.state_dict()) == 4 + 14 + 1 + 1
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(logits(a.model), logits(b.model))
+    assert {id(p) for p in a.parameters()} == {id(p) for p in a.model.parameters() if p.requires_grad}
+    with pytest.raises(AdapterMismatch, match='1 missing: .*trainable_tokens_delta'): b.load_state_dict({k: v for k,v in a.state_dict().items() if 'tokens' not in k})
+    losses = steps(a.model, list(a.parameters()))
+    assert losses[-1] < losses[0]
+
+def test_replaced_tensors_are_the_models():
+    for case in FULL:
+        make,targets,kw = in_full(case)
+        if kw.get('dora'): continue
+        a = add_lora(make(), r=2, targets=targets, **kw)
+        shake([p for k,p in a.named_parameters() if 'lora_' not in k])
+        plain = make()
+        for n,t in a.replaced().items():
+            p = dict(plain.named_parameters())[n]
+            p.data.copy_(t)
+        close(logits(plain), logits(a.model), 1e-5)
+
+def test_own_tensors_switch_with_their_adapter():
+    model = tied()
+    base = logits(model)
+    a = add_lora(model, r=2, targets='q_proj', name='a', trainable_token_indices=IDS); shake(a.parameters()); la = logits(model)
+    b = add_lora(model, r=2, targets='q_proj', name='b', trainable_token_indices=[5]); shake(b.parameters(), .2); lb = logits(model)
+    c = add_lora(model, r=2, targets='v_proj', name='c'); shake(c.parameters())
+    assert torch.equal(alone(model, 'a'), la) and torch.equal(alone(model, 'b'), lb) and torch.equal(alone(model), base)
+    lac = alone(model, 'a', 'c')
+    with pytest.raises(ValueError, match="'a' and 'b' each hold tensors"): activate(model, 'a', 'b')
+    assert torch.equal(logits(model), lac)
+    with pytest.raises(ValueError, match='cannot differ by row'), by_row(model, ['a', None]): pass
+    with by_row(model, ['c', None]): mixed = logits(model)
+    close(mixed[0], alone(model, 'c')[0], 1e-5); close(mixed[1], base[1], 1e-5)
+    with pytest.raises(ValueError, match='no weighted sum'): combine(model, {'a': 1., 'c': 1.}, 'd')
+    twin = copy.deepcopy(model)
+    shake(adapters(twin)['a'].parameters())
+    assert torch.equal(alone(model, 'a'), la) and not torch.equal(alone(twin, 'a'), la)
+    a.remove(); assert torch.equal(alone(model, 'b'), lb)
+    b.remove(); c.remove(); assert torch.equal(logits(model), base) and not any(hasattr(m, 'base') for m in model.modules())
+
+def test_in_full_over_4_bits(tmp_path):
+    model = llama_4bit()
+    a = add_lora(model, r=4, modules_to_save=['lm_head', 'norm'], trainable_token_indices=IDS)
+    shake(a.parameters())
+    a.save(tmp_path/'a')
+    close(logits(model), logits(PeftModel.from_pretrained(llama_bnb(), tmp_path/'a')))
+    with pytest.raises(ValueError, match='packed in 4 bits'): add_lora(llama_4bit(), modules_to_save='q_proj')
+
+def test_gradients_in_bf16_have_fp32_masters():
+    model = llama().bfloat16()
+    a = add_lora(model, r=2, targets='q_proj', modules_to_save=['lm_head', 'norm'], trainable_token_indices=IDS)
+    assert {p.dtype for p in a.parameters()} == {torch.float32} and model(X).logits.dtype==torch.bfloat16
+    model(X, labels=X).loss.backward()
+    assert all(p.grad is not None and p.grad.dtype==torch.float32 for p in a.parameters())
+
+@pytest.mark.parametrize('make,kw,text', [
+    (llama, dict(trainable_token_indices=[96]), 'vocabulary of 96'), (llama, dict(trainable_token_indices=[1, 1]), 'distinct'),
+    (llama, dict(trainable_token_indices=[-1]), 'vocabulary of 96'), (llama, dict(trainable_token_indices={'nope': [1]}), 'fits 0 modules'),
+    (llama, dict(trainable_token_indices={'norm': [1]}), 'LlamaRMSNorm|fits'), (tied, dict(trainable_token_indices={'lm_head': [1]}), 'Give one list'),
+    (tied, dict(trainable_token_indices={'embed_tokens': [1], 'lm_head': [2]}), 'Give one list'),
+    (llama, dict(trainable_token_indices=[1], modules_to_save=['embed_tokens']), 'named twice'),
+    (llama, dict(modules_to_save=['lm_haed']), "Nearest: 'lm_head'"), (llama, dict(modules_to_save=['layers']), 'never called'),
+    (llama, dict(modules_to_save=['self_attn', 'v_proj']), 'inside another'), (tied, dict(modules_to_save=['lm_head']), r'untie\(model\)'),
+    (tied, dict(modules_to_save=['embed_tokens']), r'untie\(model\)'), (llama, dict(bias='some'), 'lora_only'), (llama, dict(bias='all'), 'no bias to train'),
+    (llama, dict(modules_to_save=['q_proj']), 'no layer is left'), (tied, dict(targets=['embed_tokens']), r'untie\(model\)'), (tied, dict(targets=['lm_head']), r'untie\(model\)')])
+def test_in_full_errors_change_nothing(make, kw, text):
+    model = make()
+    want,ids = logits(model),{n: id(m) for n,m in model.named_modules()}
+    with pytest.raises(ValueError, match=text): add_lora(model, r=2, **{'targets': 'q_proj', **kw})
+    assert torch.equal(logits(model), want) and {n: id(m) for n,m in model.named_modules()}==ids and all(p.requires_grad for p in model.parameters())
+
+def test_pefts_tied_targets_are_told(tmp_path):
+    for where in ('lm_head', 'embed_tokens'):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            peer = get_peft_model(tied(), LoraConfig(r=4, target_modules=['q_proj', where])).eval()
+            shake_peft(peer); want = logits(peer)
+            peer.save_pretrained(tmp_path/where)
+        with pytest.warns(UserWarning, match=f"adapts '.*{where}', which shares its weight"): a = load_adapter(tied(), tmp_path/where)
+        close(logits(a.model), want)
+        cfg(ensure_weight_tying=True)(tmp_path/where)
+        with pytest.raises(UnsupportedAdapter, match='ensure_weight_tying'): load_adapter(tied(), tmp_path/where)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        get_peft_model(tied(), LoraConfig(r=4, target_modules=['q_proj'], modules_to_save=['lm_head'])).save_pretrained(tmp_path/'s')
+    with pytest.raises(UnsupportedAdapter, match=r'untie\(model\)'): load_adapter(tied(), tmp_path/'s')
+    load_adapter(untie(tied()), tmp_path/'s')
+    other = llama(); other.model.embed_tokens.weight.data += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        get_peft_model(llama(), LoraConfig(r=4, target_modules=['embed_tokens'])).save_pretrained(tmp_path/'e')
+    load_adapter(llama(), tmp_path/'e')
+    with pytest.raises(AdapterMismatch, match='base_layer.weight'): load_adapter(other, tmp_path/'e')
+
+def test_untie():
+    model = untie(tied())
+    assert torch.equal(logits(model), logits(tied())) and not model.config.tie_word_embeddings
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match='nothing to untie'): untie(model)
+
+# --- convolutions ------------------------------------------------------------------------------------------------------
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c1,self.c2 = nn.Conv2d(3, 8, 3, padding=1),nn.Conv2d(8, 8, (3, 2), stride=2, bias=False)
+        self.bn,self.head = nn.BatchNorm2d(8),nn.Linear(8, 4)
+    def forward(self, x): return self.head(self.bn(self.c2(self.c1(x).relu())).mean((2, 3)))
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+PIC = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(5))
+CONV = {'plain': ({}, {}), 'dora': (dict(dora=True), dict(use_dora=True)), 'rslora': (dict(scaling='rslora'), dict(use_rslora=True)),
+        'bn and head': (dict(modules_to_save=['bn', 'head']), dict(modules_to_save=['bn', 'head'])), 'bias': (dict(bias='lora_only'), dict(bias='lora_only'))}
+
+def their_net(way):
+    torch.manual_seed(1)
+    return get_peft_model(net(), LoraConfig(r=3, lora_alpha=6, target_modules=['c1', 'c2'], **CONV[way][1])).eval()
+
+@pytest.mark.parametrize('way', CONV)
+def test_conv2d_equals_pefts(way, tmp_path):
+    run = lambda m: m(PIC).detach()
+    a = add_lora(net(), r=3, alpha=6, targets=['c1', 'c2'], **CONV[way][0])
+    assert torch.equal(run(a.model), run(net()))
+    shake(a.parameters())
+    a.save(tmp_path/'a')
+    close(run(a.model), run(PeftModel.from_pretrained(net(), tmp_path/'a').eval()))
+    peer = their_net(way)
+    shake(trained(peer)); peer.save_pretrained(tmp_path/'b')
+    assert {k: v.shape for k,v in load_file(tmp_path/'b'/'adapter_model.safetensors').items()} == {k: v.shape for k,v in load_file(tmp_path/'a'/'adapter_model.safetensors').items()}
+    b = load_adapter(net(), tmp_path/'b')
+    close(run(b.model), run(peer))
+    assert torch.equal(run(load_adapter(net(), tmp_path/'a').model), run(a.model))
+
+@pytest.mark.parametrize('way', CONV)
+def test_conv2d_trains_as_pefts(way):
+    peer,a = their_net(way).train(),add_lora(net(), r=3, alpha=6, targets=['c1', 'c2'], **CONV[way][0])
+    start = peft.get_peft_model_state_dict(peer)
+    with torch.no_grad():
+        for k,p in (*a.named_parameters(), *a.own_tensors()): p.copy_(start[k].reshape(p.shape))
+    losses = []
+    for m,params in ((a.model.train(), list(a.parameters())), (peer, trained(peer))):
+        opt,ls = torch.optim.AdamW(params, lr=1e-3),[]
+        for _ in range(10):
+            loss = torch.nn.functional.cross_entropy(m(PIC), torch.arange(6) % 4)
+            ls.append(loss.item()); loss.backward(); opt.step(); opt.zero_grad()
+        losses.append(torch.tensor(ls))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    if way=='bn and head':
+        mine = a.own['bn'].own['default']
+        torch.testing.assert_close(mine.running_mean, peer.base_model.model.bn.modules_to_save['default'].running_mean)
+        assert mine.num_batches_tracked == 10 and not a.own['bn'].bare().num_batches_tracked
+
+def test_conv2d_truncates_and_refuses():
+    a = add_lora(net(), r=3, targets=['c1', 'c2'], init='pissa')
+    shake(a.parameters())
+    want = a.model(PIC).detach()
+    truncate(a, 6); close(a.model(PIC).detach(), want, 1e-5)
+    for conv,text in ((nn.Conv2d(4, 4, 3, groups=2), 'groups=2'), (nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect'), 'reflect')):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), conv)
+        with pytest.raises(ValueError, match=text): add_lora(model, r=2, targets=['0', '1'])
+        assert type(model[0]) is type(model[1]) is nn.Conv2d and not adapters(model)
