@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api/14_all.ipynb #a0cb5c7a
-from . import adapter,codebook,data,linear4bit,loss,lora,memory,models,quantize,sensitivity,spectra,trainer
-from .widgets import live_run,quant_explorer
+# %% ../nbs/api/14_all.ipynb #a3ad4ce7
+from . import adapter,codebook,data,linear4bit,lora,loss,memory,merge,models,quantize,ranks,sensitivity,spectra,trainer
+from .widgets import live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum
 
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, live_run, quant_explorer)
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum)
 __all__ = [name for m in _modules for name in m.__all__]
 
-# %% ../nbs/api/14_all.ipynb #5ae32c09
+# %% ../nbs/api/14_all.ipynb #95f4b3f4
 from .codebook import *
 from .quantize import *
 from .linear4bit import *
@@ -25,5 +25,10 @@ from .trainer import *
 from .spectra import *
 from .memory import *
 from .sensitivity import *
+from .merge import *
+from .ranks import *
 from .widgets.live_run import *
 from .widgets.quant_explorer import *
+from .widgets.merge_report import *
+from .widgets.adapter_inspector import *
+from .widgets.rank_spectrum import *
