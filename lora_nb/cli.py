@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['notebooks_folder', 'copy_tutorials', 'lab', 'execute', 'verdict', 'main']
 
-# %% ../nbs/api/15_cli.ipynb #b8fa8a9c
+# %% ../nbs/api/15_cli.ipynb #55944c94
 import argparse,json,os,shutil,subprocess,sys,time
 from pathlib import Path
 
-# %% ../nbs/api/15_cli.ipynb #7714e9c3
+# %% ../nbs/api/15_cli.ipynb #6c7a66a0
 def notebooks_folder()->Path:
     "The folder that holds `tutorials` and `data`: the clone's nbs, or the copy inside the wheel. Raises FileNotFoundError."
     here = Path(__file__).resolve().parent
@@ -17,7 +17,7 @@ def notebooks_folder()->Path:
         if (p/'tutorials').is_dir(): return p
     raise FileNotFoundError(f"No tutorials beside {here}: install lora_nb again, from a wheel or a clone")
 
-# %% ../nbs/api/15_cli.ipynb #127ed4b8
+# %% ../nbs/api/15_cli.ipynb #8d6e18dd
 def copy_tutorials(
     folder   # made if it does not exist
 )->list:     # paths that were written
@@ -32,15 +32,16 @@ def copy_tutorials(
             written.append(to)
     return written
 
-# %% ../nbs/api/15_cli.ipynb #0843d60b
+# %% ../nbs/api/15_cli.ipynb #cb6eeb9f
 def lab(folder, browser=True)->int:
     "Copy the tutorials to `folder` and open JupyterLab on the first; returns JupyterLab's exit status."
     new = copy_tutorials(folder)
     print(f"{len(new)} files copied to {Path(folder).resolve()}" if new else f"Everything is already in {Path(folder).resolve()}")
-    cmd = [sys.executable, '-m', 'jupyterlab', 'tutorials/01_live_qlora.ipynb']
-    return subprocess.call(cmd if browser else cmd+['--no-browser'], cwd=folder)
+    root = getattr(os, 'geteuid', lambda: 1)()==0
+    cmd = [sys.executable, '-m', 'jupyterlab', 'tutorials/01_live_qlora.ipynb', *['--no-browser']*(not browser), *['--allow-root']*root]
+    return subprocess.call(cmd, cwd=folder)
 
-# %% ../nbs/api/15_cli.ipynb #15c6d38a
+# %% ../nbs/api/15_cli.ipynb #4bb36bdc
 def execute(
     notebook,      # path; nothing is written to it
     setup='',      # Python to run before its cells
@@ -64,7 +65,7 @@ def execute(
             if cell in code: echo(f"[{code.index(cell)+1}/{len(code)}] {time.perf_counter()-start:6.1f} s  {cell.source.strip().splitlines()[0][:90] if cell.source.strip() else ''}")
     return json.loads(''.join(o.get('text', '') for o in fetch.outputs if o.get('name')=='stdout').strip().splitlines()[-1])
 
-# %% ../nbs/api/15_cli.ipynb #885178d5
+# %% ../nbs/api/15_cli.ipynb #68c9d418
 def verdict(
     result:dict # a tutorial's `result`
 )->tuple:       # (lines to print, whether the held-out score rose)
@@ -82,7 +83,7 @@ def verdict(
     except KeyError as e: return [f"The notebook's result has no {e}: the run did not end as it should"],False
     return lines,result['state']=='finished' and result['score_after']>result['score_before']
 
-# %% ../nbs/api/15_cli.ipynb #99e1f95a
+# %% ../nbs/api/15_cli.ipynb #e5c31e33
 def main(argv=None)->int:
     "The `lora-nb` command."
     p = argparse.ArgumentParser(prog='lora-nb', description='LoRA and QLoRA that you can watch, in Jupyter')
