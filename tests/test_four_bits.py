@@ -1,10 +1,8 @@
-"The tutorial on four bits: what it says held is what its committed outputs show, and it runs."
+"The tutorial on four bits: what it says held is what its committed outputs show."
 import re
 from pathlib import Path
 
 import nbformat
-import pytest
-from nbclient import NotebookClient
 
 PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/02_four_bits.ipynb'
 
@@ -25,10 +23,3 @@ def claims_hold(text):
 
 def test_the_committed_outputs_show_what_the_prose_says():
     claims_hold(printed(nbformat.read(PATH, as_version=4)))
-
-
-@pytest.mark.slow
-def test_it_runs():
-    nb = nbformat.read(PATH, as_version=4)
-    NotebookClient(nb, timeout=900, resources={'metadata': {'path': str(PATH.parent)}}).execute()
-    claims_hold(printed(nb))
