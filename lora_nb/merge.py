@@ -7,7 +7,7 @@ __all__ = ['NEGLIGIBLE', 'dense_weight', 'packed_weight', 'merged_weight', 'Merg
            'source_tensors', 'running_as', 'merge_report', 'chosen', 'recommend', 'merge', 'merge_in_place', 'unmerge',
            'merged']
 
-# %% ../nbs/api/11c_merge.ipynb #5b87e7a5
+# %% ../nbs/api/11c_merge.ipynb #7a503c3b
 import copy, json, math, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from .quantize import QuantConfig, QuantizedTensor, quantize
 from .linear4bit import Linear4bit
-from .lora import LoRALinear, add_update, dora_update
-from .adapter import Adapter, activate, adapters, base_modules
+from .lora import LoRALinear, Own, add_update, dora_update
+from .adapter import Adapter, activate, adapters, bare, base_modules
 from .models import empty_model, gguf_config, gguf_header, gguf_tensors, locate, model_keys, read_config, safetensors_tensors
 from .data import collate
 from .loss import PLAIN_HEADS, labelled
 
-# %% ../nbs/api/11c_merge.ipynb #97aac0cc
+# %% ../nbs/api/11c_merge.ipynb #7dd696fd
 def dense_weight(base:nn.Module)->Tensor: # W (out, in), detached; fp32 from 4 bits, otherwise the base's dtype
     "The weight as LoRA's formula means it, a 4-bit one dequantised without a rounding to 16 bits."
     if (q := packed_weight(base)) is not None: return q.dequantize(torch.float32)
-    return _formula(base, base.weight.detach())
+    return _to_2d(base, base.weight.detach())
 
 def packed_weight(module:nn.Module)->QuantizedTensor|None: # None: the module's weight is not in 4 bits
     "The 4-bit weight of this package's `Linear4bit` or of bitsandbytes'."
@@ -41,11 +41,13 @@ def packed_weight(module:nn.Module)->QuantizedTensor|None: # None: the module's 
     if state is None: return None
     return QuantizedTensor.from_state_dict({'weight': module.weight.data, **{f'weight.{k}': v for k,v in state.as_dict(packed=True).items()}})
 
-def _formula(base, t):
-    "From the stored layout to (out, in), and back."
-    return t.T if isinstance(base, (Conv1D, nn.Embedding)) else t
+def _to_2d(base, t): # from the stored layout to (out, in)
+    return t.T if isinstance(base, (Conv1D, nn.Embedding)) else t.flatten(1) if isinstance(base, nn.Conv2d) else t
 
-# %% ../nbs/api/11c_merge.ipynb #03065749
+def _from_2d(base, W): # and back
+    return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W.view(base.weight.shape) if isinstance(base, nn.Conv2d) else W
+
+# %% ../nbs/api/11c_merge.ipynb #67776075
 @torch.no_grad()
 def merged_weight(
     layer:LoRALinear,
@@ -64,7 +66,7 @@ def merged_weight(
         else: raise ValueError(f"Adapter '{n}' joins its layer by {layer.how[n].__name__}, which is not a change of W alone, so it cannot be merged. Keep the adapter beside its base.")
     return M
 
-# %% ../nbs/api/11c_merge.ipynb #605eb1ba
+# %% ../nbs/api/11c_merge.ipynb #35474eb2
 @torch.no_grad()
 def _probe(path, layer, names):
     "Refuse a layer whose forward pass is not that of one merged matrix."
@@ -79,8 +81,9 @@ def _probe(path, layer, names):
             want = W.T[x]*getattr(base, 'embed_scale', 1.)
         else:
             half = next((t.dtype for t in (getattr(base, 'weight', None), bias) if t is not None and t.is_floating_point()), torch.float32)
-            x = torch.randn(4, layer.in_features, generator=g).to(like.device, half)
-            want = x.to(W) @ W.T + (0 if bias is None else bias.to(W))
+            shape = (4, base.in_channels, *(k+3 for k in base.kernel_size)) if isinstance(base, nn.Conv2d) else (4, layer.in_features)
+            x,b = torch.randn(shape, generator=g).to(like.device, half),None if bias is None else bias.to(W)
+            want = base._conv_forward(x.to(W), _from_2d(base, W), b) if isinstance(base, nn.Conv2d) else F.linear(x.to(W), W, b)
         got = layer(x).to(W)
     finally:
         layer.active,layer.rows = was[:2]
@@ -89,7 +92,7 @@ def _probe(path, layer, names):
     if not off < (2e-3 if x.dtype in (torch.float32, torch.float64, torch.int64) else 5e-2):
         raise ValueError(f"{path}: base and {', '.join(names)} do not act as one matrix (relative difference {off:.1e} on random inputs), so they cannot be merged. Keep the adapter beside its base.")
 
-# %% ../nbs/api/11c_merge.ipynb #f476fdd6
+# %% ../nbs/api/11c_merge.ipynb #69cc5e2e
 @dataclass(frozen=True)
 class MergedTensor:
     "One tensor of a merged model, made when it is wanted."
@@ -120,22 +123,31 @@ def plain_tensors(model:nn.Module)->dict[str,tuple]: # name → (module, its nam
     found = {'': model, **base_modules(model)}
     return {f'{path}.{leaf}' if path else leaf: (m, leaf, t) for path,m in found.items() for leaf,t in _tensors_of(m)}
 
-# %% ../nbs/api/11c_merge.ipynb #7dbc8101
+# %% ../nbs/api/11c_merge.ipynb #281a4084
 def _names_of(model, adapter):
     "The adapters that are meant: one, several, or (None) those that are active."
     on = adapters(model)
     if adapter is None:
-        used = {n for l in model.modules() if isinstance(l, LoRALinear) for n in l.active}
+        used = {n for l in model.modules() if isinstance(l, (LoRALinear, Own)) for n in l.active}
         names = [n for n in on if n in used]
         if not names: raise ValueError(f"No adapter is active on this model (it has: {', '.join(on) or 'none'}). Name one: merge(model, adapter, …).")
-        orders = {tuple(n for n in l.active) for l in model.modules() if isinstance(l, LoRALinear)}
-        return max(orders, key=len) if set(max(orders, key=len))==used else tuple(names)
+        longest = max((tuple(l.active) for l in model.modules() if isinstance(l, LoRALinear)), key=len)
+        return longest if set(longest)==used else tuple(names)
     names = tuple(a.name if isinstance(a, Adapter) else a for a in (adapter if isinstance(adapter, (list, tuple)) else [adapter]))
     for n in names:
         if n not in on: raise KeyError(f"No adapter '{n}' on this model; it has: {', '.join(on) or 'none'}.")
     if any(isinstance(a, Adapter) and on[a.name] is not a for a in (adapter if isinstance(adapter, (list, tuple)) else [adapter])):
         raise ValueError('The adapter is on another model than the one given.')
     return names
+
+def _replaced(model, names)->dict[str,Tensor]:
+    "The tensors that the adapters bring whole (trained biases, modules_to_save, token rows). `ValueError` where two bring the same."
+    found = {}
+    for n in names:
+        new = adapters(model)[n].replaced()
+        if twice := set(found)&set(new): raise ValueError(f"{min(twice)} is replaced by '{n}' and by another adapter; merge one of them.")
+        found |= new
+    return found
 
 def _adapted(model, names)->dict[str,LoRALinear]:
     "path → layer, for layers that one of the adapters changes; each is probed."
@@ -146,13 +158,13 @@ def _adapted(model, names)->dict[str,LoRALinear]:
     for path,l in found.items(): _probe(path, l, names)
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #0c10a2c6
+# %% ../nbs/api/11c_merge.ipynb #c698ecb7
 def _own(module, leaf): return dense_weight(module) if leaf=='weight' and packed_weight(module) is not None else dict(_tensors_of(module))[leaf]
 
 def _final(read, layer, names, dtype, config, name):
     "Read a tensor, add what adapts it, and bring it to its last type."
     t = read()
-    if layer is not None: t = _formula(layer.base, merged_weight(layer, names, _formula(layer.base, t)))
+    if layer is not None: t = _from_2d(layer.base, merged_weight(layer, names, _to_2d(layer.base, t)))
     if config is not None: t = quantize(t.contiguous(), config, name)
     elif t.is_floating_point(): t = t.to(dtype)
     return t
@@ -167,22 +179,23 @@ def merged_parts(
 )->dict[str,MergedTensor]:        # under the names that transformers gives
     "The merged model, tensor by tensor. Tied tensors are one, unless an adapter changes one of them."
     plain,layers,parts,seen = plain_tensors(model),_adapted(model, names) if layers is None else layers,{},{}
+    replaced = _replaced(model, names)
     for name,(module,leaf,t) in plain.items():
         path = name.rpartition('.')[0]
-        layer = layers.get(path) if leaf=='weight' else None
+        layer,new = layers.get(path) if leaf=='weight' else None,replaced.get(name)
         packed = isinstance(t, QuantizedTensor)
-        if not packed and layer is None:
+        if not packed and layer is None and (new is None or path not in layers):
             if t.data_ptr() and (first := seen.setdefault((t.data_ptr(), t.shape), name))!=name:
                 parts[name] = MergedTensor(None, tuple(t.shape), 0, parts[first].same, first)
                 continue
         config = None
         if dtype=='4bit': config = t.config if packed else quant if layer is not None and isinstance(module, nn.Linear) else None
-        own = source is None
+        own = source is None or new is not None
         if own and layer is None and config is not None: parts[name] = MergedTensor(partial(packed_weight, module), tuple(t.shape), config.bits_per_param/8, True); continue
         kind = t.dtype if dtype=='4bit' or not (packed or t.is_floating_point()) else dtype
-        read = partial(_own, module, leaf) if own or not (packed or t.is_floating_point()) else partial(_fitting, source, name, tuple(t.shape), t.device)
+        read = (lambda new=new: new) if new is not None else partial(_own, module, leaf) if own or not (packed or t.is_floating_point()) else partial(_fitting, source, name, tuple(t.shape), t.device)
         size = config.bits_per_param/8 if config is not None else torch.empty((), dtype=kind).element_size()
-        parts[name] = MergedTensor(partial(_final, read, layer, names, kind, config, name), tuple(t.shape), size, own and layer is None and not packed and kind==t.dtype)
+        parts[name] = MergedTensor(partial(_final, read, layer, names, kind, config, name), tuple(t.shape), size, own and layer is None and new is None and not packed and kind==t.dtype)
     return parts
 
 def _fitting(source, name, shape, device):
@@ -191,7 +204,7 @@ def _fitting(source, name, shape, device):
     if tuple(t.shape)!=shape: raise ValueError(f"'{name}' has shape {tuple(t.shape)} in the model to merge into, and {shape} in this one. Is it the one that was quantised?")
     return t.to(device)
 
-# %% ../nbs/api/11c_merge.ipynb #c1a1d7fe
+# %% ../nbs/api/11c_merge.ipynb #e2a0995a
 def source_tensors(
     source # a hub id, a folder, a .gguf file, 'smollm2', or a model in memory
 )->dict:   # transformers' name → function that reads that tensor
@@ -218,7 +231,7 @@ def source_tensors(
         if held := next((n for n in g if n in found), None): found.update({n: found[held] for n in g})
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #198e15b6
+# %% ../nbs/api/11c_merge.ipynb #ed5e523b
 def _twin(module, leaves, compute):
     "A shallow copy whose tensors in `leaves` (name → MergedTensor) are made for each call."
     if packed_weight(module) is not None:
@@ -241,7 +254,7 @@ def _twin(module, leaves, compute):
     twin.register_forward_hook(take, always_call=True)
     return twin.train(module.training)
 
-# %% ../nbs/api/11c_merge.ipynb #da95026d
+# %% ../nbs/api/11c_merge.ipynb #87fbbfad
 @contextmanager
 def running_as(
     model:nn.Module,
@@ -249,31 +262,36 @@ def running_as(
     compute:torch.dtype    # what the weights are brought to when they are used
 ):
     "Within this context `model` answers as the merged model of `parts` would; its own modules are never touched."
-    by_path,modules,was = {},base_modules(model),[]
+    by_path,was = {},[]
     for name,part in parts.items():
         path,_,leaf = name.rpartition('.')
         by_path.setdefault(path, {})[leaf] = parts[part.tied] if part.tied else part
+    if any(not p.same for p in by_path.get('', {}).values()): raise ValueError(f'{type(model).__name__} holds tensors itself, outside of its layers; they cannot be measured one by one.')
     try:
-        for path,now in {p: m for p,m in model.named_modules() if p in modules}.items():
-            leaves,module = {k: v for k,v in by_path.get(path, {}).items() if not v.same},modules[path]
-            if not leaves and not isinstance(now, LoRALinear): continue
-            new = module
-            if packed_weight(module) is not None and 'weight' in leaves and isinstance(q := leaves['weight'].make() if leaves['weight'].itemsize < 1 else None, QuantizedTensor): new = Linear4bit(q, module.bias)
-            elif leaves: new = _requantised(module, leaves) or _twin(module, leaves, compute)
-            parent,_,leaf = path.rpartition('.')
-            holder = model.get_submodule(parent)._modules
-            was.append((holder, leaf, holder[leaf])); holder[leaf] = new
-        if any(not p.same for p in by_path.get('', {}).values()): raise ValueError(f'{type(model).__name__} holds tensors itself, outside of its layers; they cannot be measured one by one.')
+        for path,holder,leaf,now in _places(model):
+            leaves,new = {k: v for k,v in by_path.get(path, {}).items() if not v.same},bare(now)
+            if leaves: new = _in_4bit(new, leaves) or _twin(new, leaves, compute)
+            if new is not now: was.append((holder, leaf, now)); holder[leaf] = new
         yield model
     finally:
         for holder,leaf,old in reversed(was): holder[leaf] = old
 
-def _requantised(module, leaves):
-    "A full-precision linear layer that the merged model has in 4 bits."
+def _in_4bit(module, leaves):
+    "A linear layer that the merged model has in 4 bits."
     part = leaves.get('weight')
-    if part is not None and part.itemsize < 1 and packed_weight(module) is None: return Linear4bit(part.make(), module.bias)
+    if part is not None and part.itemsize<1: return Linear4bit(part.make(), leaves['bias'].make() if 'bias' in leaves else module.bias)
 
-# %% ../nbs/api/11c_merge.ipynb #d66251a1
+def _places(model):
+    "(path, where its module is held, its name there, what is there now), outer modules before what is in them."
+    def walk(module, path):
+        for leaf,now in list(module._modules.items()):
+            if now is None: continue
+            p = f'{path}.{leaf}' if path else leaf
+            yield p,module._modules,leaf,now
+            yield from walk(bare(now), p)
+    yield from walk(model, '')
+
+# %% ../nbs/api/11c_merge.ipynb #9a8b359e
 def _plain_head(model):
     return model.config.model_type in PLAIN_HEADS and not getattr(model.config, 'final_logit_softcapping', None) and model.get_output_embeddings() is not None
 
@@ -311,7 +329,7 @@ def _compare(a, b, labels, head_a, head_b, vocab):
         rows.append(torch.stack([kl, -pa.gather(1, t)[:,0], -pb.gather(1, t)[:,0], changed.double()], 1).cpu())
     return torch.cat(rows),sums
 
-# %% ../nbs/api/11c_merge.ipynb #da2d2e7e
+# %% ../nbs/api/11c_merge.ipynb #3411a430
 class _Measure:
     "The unmerged model's answers on the held-out samples, and the comparison of others with them."
     def __init__(self, model, samples, batch_size, pad):
@@ -331,11 +349,11 @@ class _Measure:
         return dict(logits=(sums[0]/sums[1]).sqrt().item(), kl=tok[:,0].mean().item(), loss=tok[:,2].mean().item(), delta=d.mean().item(),
                     error=(d.std()/math.sqrt(len(d))).item() if len(d)>1 else float('nan'), changed=tok[:,3].mean().item()),tok[:,1].mean().item(),len(tok)
 
-# %% ../nbs/api/11c_merge.ipynb #85be9288
+# %% ../nbs/api/11c_merge.ipynb #01877f46
 @contextmanager
 def _only(model, names):
     "Within this context just these adapters act, in evaluation mode; afterwards all is as before."
-    was = {l: l.active for l in model.modules() if isinstance(l, LoRALinear)}
+    was = {l: l.active for l in model.modules() if isinstance(l, (LoRALinear, Own))}
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval(); activate(model, *names)
@@ -383,7 +401,7 @@ def merge_report(
     report.attrs.update(unmerged=unmerged, without=without, tokens=n, samples=len(samples), adapters=list(names), compute=_FLOATS.get(compute, str(compute)))
     return report
 
-# %% ../nbs/api/11c_merge.ipynb #6ebcd82d
+# %% ../nbs/api/11c_merge.ipynb #fc56a70c
 NEGLIGIBLE = 1e-3 # nats per token: below it a way counts as lossless
 
 def _bytes(n): return f'{n/2**30:.2f} GiB' if n>=2**30 else f'{n/2**20:.1f} MiB' if n>=2**20 else f'{n/2**10:.0f} KiB'
@@ -416,7 +434,7 @@ def recommend(report:pd.DataFrame)->str: # several lines
         out.append(f"Recommended: keep the adapter beside its base. Each way changes the model by more than {NEGLIGIBLE:g} nats per token; the least is {report.index[0]} ({r.kl:.2g}).")
     return '\n'.join(out)
 
-# %% ../nbs/api/11c_merge.ipynb #faac7cb0
+# %% ../nbs/api/11c_merge.ipynb #c25a7e03
 def _shards(parts, most):
     "Lists of names, each list's bytes at most `most` (a tensor that is larger has a shard of its own)."
     out,size = [[]],0
@@ -447,7 +465,7 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/api/11c_merge.ipynb #e3c1aff1
+# %% ../nbs/api/11c_merge.ipynb #f5f01325
 def _merged_config(model, parts, dtype, quant):
     "The config of the merged model: without quantisation, or with bitsandbytes'."
     cfg = copy.deepcopy(model.config)
@@ -455,8 +473,7 @@ def _merged_config(model, parts, dtype, quant):
     cfg.architectures = [type(model).__name__]
     cfg.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point()) if dtype=='4bit' else dtype
     out = model.get_output_embeddings()
-    plain,inp = plain_tensors(model),model.get_input_embeddings()
-    inp = inp.base if isinstance(inp, LoRALinear) else inp
+    plain,inp,out = plain_tensors(model),bare(model.get_input_embeddings()),bare(out)
     if out is not None and inp is not None and getattr(inp, 'weight', None) is getattr(out, 'weight', 0):
         if all(parts[n].tied is None for n,(m,_,_) in plain.items() if m is out or m is inp):
             for c in {id(c): c for c in (cfg, cfg.get_text_config())}.values(): c.tie_word_embeddings = False
@@ -484,7 +501,7 @@ def _write_shards(parts, groups, tmp):
         (tmp/'model.safetensors.index.json').write_text(json.dumps(index, indent=2, sort_keys=True))
     return where,rows
 
-# %% ../nbs/api/11c_merge.ipynb #e21577e9
+# %% ../nbs/api/11c_merge.ipynb #c44b92c4
 def merge(
     model:nn.Module,      # with the adapter on it; it is left as it is
     adapter=None,         # an `Adapter`, its name, or a list; None: those that are active
@@ -524,18 +541,22 @@ def merge(
     table.attrs.update(folder=str(folder), adapters=list(names), dtype=_FLOATS.get(dtype, '4bit'))
     return table
 
-# %% ../nbs/api/11c_merge.ipynb #7fd13c69
-def _merged_module(layer, names, dtype):
-    "A plain module with the merged weight; 4-bit bases give a full one, or with '4bit' a quantised one."
-    base,q = layer.base,packed_weight(layer.base)
-    if dtype=='4bit' and q is not None: return Linear4bit(quantize(merged_weight(layer, names), q.config), base.bias)
-    kind = q.dtype if q is not None and dtype in (None, '4bit') else base.weight.dtype if dtype in (None, '4bit') else dtype
-    W = _formula(base, merged_weight(layer, names)).to(kind)
-    if not W.isfinite().all(): raise ValueError(f'The merged weight holds NaN or infinity in {kind}.')
-    if q is not None: new = nn.Linear(layer.in_features, layer.out_features, bias=base.bias is not None, device='meta')
-    else: new = copy.copy(base)
-    new._parameters = {**new._parameters, **({'bias': base.bias} if q is not None else {}), 'weight': nn.Parameter(W.contiguous(), requires_grad=False)}
-    return new.train(layer.training)
+# %% ../nbs/api/11c_merge.ipynb #e9816ae9
+def _merged_module(now, names, dtype, new):
+    "A plain module with the merged weight and the tensors in `new` (its name here → tensor)."
+    layer,base = next((l for l in (now, getattr(now, 'base', None)) if isinstance(l, LoRALinear)), None),bare(now)
+    q,new = packed_weight(base),{k: t.detach().clone() for k,t in new.items()}
+    changed = layer is not None and any(n in layer.A for n in names)
+    if not changed and not new: return base
+    if changed and dtype=='4bit' and q is not None: return Linear4bit(quantize(merged_weight(layer, names), q.config), new.get('bias', base.bias))
+    if q is not None and not changed: return Linear4bit(q, new['bias'])
+    if changed: new['weight'] = _from_2d(base, merged_weight(layer, names)).to(q.dtype if q is not None and dtype in (None, '4bit') else base.weight.dtype if dtype in (None, '4bit') else dtype).contiguous()
+    if bad := [k for k,t in new.items() if t.is_floating_point() and not t.isfinite().all()]: raise ValueError(f'The merged {bad[0]} holds NaN or infinity in {new[bad[0]].dtype}.')
+    twin = copy.copy(base) if q is None else nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device='meta')
+    twin._buffers = {**twin._buffers, **{k: t for k,t in new.items() if k in twin._buffers}}
+    bias = {'bias': base.bias} if q is not None else {}
+    twin._parameters = {**twin._parameters, **bias, **{k: nn.Parameter(t, requires_grad=False) for k,t in new.items() if k not in twin._buffers}}
+    return twin.train(base.training)
 
 def merge_in_place(
     model:nn.Module,
@@ -546,24 +567,33 @@ def merge_in_place(
     if '_lora_nb_merged' in model.__dict__: raise ValueError('The model is merged already; unmerge(model) first.')
     names = _names_of(model, adapter)
     if dtype is not None: _known_dtype(dtype)
-    layers = {p: l for p,l in model.named_modules() if isinstance(l, LoRALinear)}
     _adapted(model, names)
-    new = {p: _merged_module(l, names, dtype) if any(n in l.A for n in names) else l.base for p,l in layers.items()}
-    for p,m in new.items(): _place(model, p, m)
-    model.__dict__['_lora_nb_merged'] = {p: (layers[p], new[p]) for p in new}
+    new,made,put,tied = {},[],[],{}
+    for name,t in _replaced(model, names).items(): new.setdefault(name.rpartition('.')[0], {})[name.rpartition('.')[2]] = t
+    plain = base_modules(model)
+    for p in [p for p in new if 'weight' in new[p] and p not in _layer_paths(model)]:
+        for other,m in plain.items():
+            if other!=p and getattr(m, 'weight', None) is plain[p].weight: tied[other] = p
+    for p,holder,leaf,now in _places(model):
+        if isinstance(now, (LoRALinear, Own)) or p in new or p in tied: made.append((p, holder, leaf, now, _merged_module(now, names, dtype, new.get(p, {}))))
+    by = {p: m for p,_,_,_,m in made}
+    for other,p in tied.items():
+        if by[other] is plain[other]: by[other] = copy.copy(plain[other]); by[other]._parameters = dict(plain[other]._parameters)
+        by[other]._parameters['weight'] = by[p].weight
+    for p,holder,leaf,now,_ in made:
+        if by[p] is not now: put.append((holder, leaf, now, by[p], p)); holder[leaf] = by[p]
+    model.__dict__['_lora_nb_merged'] = put
     return model
 
-def _place(model, path, module):
-    parent,_,leaf = path.rpartition('.')
-    model.get_submodule(parent)._modules[leaf] = module
+def _layer_paths(model): return {p for a in adapters(model).values() for p in a.layers}
 
 def unmerge(model:nn.Module)->nn.Module: # the model
     "Undo `merge_in_place`: the very modules that were there before, bit for bit. `ValueError` where there is nothing to undo."
     if '_lora_nb_merged' not in model.__dict__: raise ValueError('The model is not merged; there is nothing to undo.')
     held = model.__dict__['_lora_nb_merged']
-    if other := [p for p,(_,new) in held.items() if model.get_submodule(p) is not new]:
+    if other := [p for holder,leaf,_,new,p in held if holder.get(leaf) is not new]:
         raise ValueError(f"{other[0]} was replaced since the merge (by a new adapter?). Remove that first: adapters(model) lists them.")
-    for p,(old,_) in held.items(): _place(model, p, old)
+    for holder,leaf,old,_,_ in reversed(held): holder[leaf] = old
     del model.__dict__['_lora_nb_merged']
     return model
 

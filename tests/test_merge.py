@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from lora_nb import merge as M
-from lora_nb.adapter import activate, add_lora, by_row, extract
+import tempfile
+from lora_nb.adapter import activate, add_lora, by_row, extract, load_adapter
 from lora_nb.data import Sample
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.merge import chosen, merge, merge_in_place, merge_report, merged, merged_parts, recommend, unmerge
@@ -19,9 +20,9 @@ def llama(seed=0, **kw):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, 'tie_word_embeddings': False, **kw})).eval()
 
-def gpt2():
+def gpt2(**kw):
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=32, initializer_range=.1)).eval()
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=32, initializer_range=.1, **kw)).eval()
 
 def in_4bit(model, quant=NF4(double=True)):
     for p,l in [(p, l) for p,l in model.named_modules() if isinstance(l, nn.Linear) and p!='lm_head']: model.set_submodule(p, Linear4bit.from_linear(l, quant, p))
@@ -110,11 +111,23 @@ def several(model):
 
 def on(model, **kw): shaken(add_lora(model, r=4, **kw)); return model
 
+def on_embedding(make, **kw):
+    "An adapter file that was made on a free embedding, loaded on a tied one."
+    free = make(tie_word_embeddings=False)
+    with tempfile.TemporaryDirectory() as d:
+        shaken(add_lora(free, r=4, **kw)).save(d)
+        model = make(tie_word_embeddings=True)
+        with pytest.warns(UserWarning, match='tied'): load_adapter(model, d)
+    return model
+
 CASES = dict(dense=lambda: on(llama()), tied=lambda: on(llama(tie_word_embeddings=True)),
-    tied_embedding=lambda: on(llama(tie_word_embeddings=True), targets=['embed_tokens', 'q_proj']),
+    tied_embedding=lambda: on_embedding(llama, targets=['embed_tokens', 'q_proj']),
     dora=lambda: on(llama(), dora=True), dora_4bit=lambda: on(in_4bit(llama()), dora=True), biases=lambda: on(in_4bit(llama(attention_bias=True))),
     pissa=lambda: on(llama(), init='pissa'), rslora=lambda: on(llama(), scaling='rslora'), several=lambda: several(llama()), several_4bit=lambda: several(in_4bit(llama())),
-    head=lambda: on(llama(), targets=['lm_head', 'v_proj']), gpt2=lambda: on(gpt2()), gpt2_embedding=lambda: on(gpt2(), targets=['wte', 'c_attn']),
+    head=lambda: on(llama(), targets=['lm_head', 'v_proj']), gpt2=lambda: on(gpt2()), gpt2_embedding=lambda: on_embedding(gpt2, targets=['wte', 'c_attn']),
+    bias=lambda: on(gpt2(), bias='all'), bias_4bit=lambda: on(in_4bit(llama(attention_bias=True)), bias='lora_only', dora=True),
+    whole=lambda: on(in_4bit(llama()), modules_to_save=['lm_head', 'norm']), rows=lambda: on(llama(), trainable_token_indices=[3, 5, 40]),
+    rows_tied=lambda: on(in_4bit(llama(tie_word_embeddings=True)), trainable_token_indices=[3, 5, 40]),
     experts=lambda: on(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)).eval(), targets='attention'))
 
 def test_every_kind_of_layer_and_adapter_merges_and_is_reloaded(tmp_path):
@@ -124,7 +137,7 @@ def test_every_kind_of_layer_and_adapter_merges_and_is_reloaded(tmp_path):
     back,_ = fresh(tmp_path, [tmp_path/k for k in models])
     for k in models: assert ((back[tmp_path/k]-want[k]).norm()/want[k].norm()).item() < 2e-5, k
     tied = lambda k: json.loads((tmp_path/k/'config.json').read_text())['tie_word_embeddings']
-    assert tied('tied') and not tied('tied_embedding') and not tied('gpt2_embedding')
+    assert tied('tied') and tied('rows_tied') and not tied('tied_embedding') and not tied('gpt2_embedding')
 
 
 @pytest.mark.parametrize('case', [*CASES])
@@ -133,12 +146,12 @@ def test_merging_in_place_restores_the_model_bit_for_bit(case):
     state,before,modules = {k: v.clone() for k,v in model.state_dict().items()},answers(model),dict(model.named_modules())
     with merged(model) as m:
         assert ((answers(m)-before).norm()/before.norm()).item() < 2e-5
-        assert not any('LoRA' in type(x).__name__ for x in m.modules())
+        assert not any(hasattr(x, 'active') for x in m.modules())
     assert torch.equal(answers(model), before) and {p: id(m) for p,m in model.named_modules()}=={p: id(m) for p,m in modules.items()}
     assert all(torch.equal(state[k], v) for k,v in model.state_dict().items())
 
 
-@pytest.mark.parametrize('case', ['dora_4bit', 'tied_embedding', 'gpt2_embedding', 'head', 'experts'])
+@pytest.mark.parametrize('case', ['dora_4bit', 'tied_embedding', 'gpt2_embedding', 'head', 'experts', 'bias_4bit', 'whole', 'rows', 'rows_tied'])
 def test_a_report_leaves_the_model_as_it_was(case):
     model = CASES[case]()
     state,before,ids = {k: v.clone() for k,v in model.state_dict().items()},answers(model),{p: id(m) for p,m in model.named_modules()}
