@@ -6,10 +6,11 @@
 __all__ = ['NOTHING_BEYOND', 'PEFT_FIELDS', 'bare', 'base_modules', 'layer_class', 'output_path', 'input_path', 'path_matches',
            'block_index', 'TargetError', 'fused_experts', 'tied_to', 'untie', 'find_targets', 'targets_preview',
            'Adapter', 'adapters', 'activate', 'find_modules', 'find_token_rows', 'plan_own', 'add_lora',
-           'AdapterMismatch', 'short_names', 'short_endings', 'fingerprint', 'BadAdapterFile', 'UnsupportedAdapter',
-           'load_adapter', 'train_only', 'by_row', 'combine', 'truncate', 'expand', 'extract']
+           'AdapterMismatch', 'short_names', 'short_endings', 'fingerprint', 'weights_digest', 'BadAdapterFile',
+           'UnsupportedAdapter', 'load_adapter', 'train_only', 'by_row', 'combine', 'truncate', 'expand', 'loftq',
+           'extract']
 
-# %% ../nbs/api/05_adapter.ipynb #469f298e
+# %% ../nbs/api/05_adapter.ipynb #c2de586a
 import difflib, hashlib, json, math, os, re, shutil, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
+from .linear4bit import Linear4bit
+from .quantize import quantize
 from .lora import LoRALinear, LoRAConv1D, LoRAConv2d, LoRAEmbedding, Own, OwnRows, OwnTensors, thin_svd, weight_2d, patch_to, _check
 
-# %% ../nbs/api/05_adapter.ipynb #e2445c0e
+# %% ../nbs/api/05_adapter.ipynb #7d6b3dc4
 def bare(module:nn.Module)->nn.Module:
     "The model's own module, inside whatever adapters have put around it."
     while isinstance(module, (LoRALinear, Own)): module = module.base
@@ -39,7 +42,7 @@ def base_modules(model:nn.Module)->dict[str,nn.Module]: # path → module, witho
     del found['']
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #c7ae280b
+# %% ../nbs/api/05_adapter.ipynb #cd7a26c7
 def layer_class(module:nn.Module)->type|None: # `LoRALinear`, `LoRAConv1D`, `LoRAConv2d`, `LoRAEmbedding`; None: no adapter fits on it
     "The LoRA layer for a module. A 4-bit layer counts as linear: it has in_features, out_features and `dequantize()`."
     if type(module).__name__ == 'NonDynamicallyQuantizableLinear': return None  # nn.MultiheadAttention reads its weight, and never calls it
@@ -59,7 +62,7 @@ def input_path(model:nn.Module, modules:dict[str,nn.Module])->str|None:
     except (AttributeError, NotImplementedError): return None
     return next((p for p,m in modules.items() if m is bare(inp)), None) if inp is not None else None
 
-# %% ../nbs/api/05_adapter.ipynb #293e4b7a
+# %% ../nbs/api/05_adapter.ipynb #b450508e
 _INSIDE = {'attention': re.compile(r'attn|attention'), 'mlp': re.compile(r'mlp|ffn|feed_forward|feedforward|experts')}
 
 def path_matches(pattern:str, path:str)->bool:
@@ -79,7 +82,7 @@ def _fits(target, path, module, out):
                 and any(_INSIDE[target].search(part) for part in path.lower().split('.')[:-1]))
     return path_matches(target, path)
 
-# %% ../nbs/api/05_adapter.ipynb #2426666d
+# %% ../nbs/api/05_adapter.ipynb #032d833b
 class TargetError(ValueError):
     "A target that names no layer, or a layer that must not be adapted."
 
@@ -105,7 +108,7 @@ def _no_match(model, modules, target):
     near = difflib.get_close_matches(target.split('.')[-1], leaves, n=3, cutoff=.3) or [n for n,_ in leaves.most_common(3)]
     return TargetError(f"No module matches '{target}'. Nearest: {_layers_of([(n, leaves[n]) for n in near])}. targets_preview(model) lists all.")
 
-# %% ../nbs/api/05_adapter.ipynb #c12dc693
+# %% ../nbs/api/05_adapter.ipynb #a17d4b7f
 def tied_to(modules:dict[str,nn.Module], path:str)->str|None:
     "The path of another module that shares this module's weight tensor."
     w = getattr(modules[path], 'weight', None)
@@ -149,7 +152,7 @@ def find_targets(
                               "for tokens that are new to the model use trainable_token_indices; or part them first with untie(model).")
     return {p: modules[p] for p in found}
 
-# %% ../nbs/api/05_adapter.ipynb #30e83484
+# %% ../nbs/api/05_adapter.ipynb #8bcaf00a
 def _rank_for(patterns, path, default):
     "The value of the first pattern that fits the end of the path, as PEFT reads rank_pattern and alpha_pattern."
     return next((v for k,v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', path)), default)
@@ -170,7 +173,7 @@ def targets_preview(
     table.loc[len(table)] = ['total', '', '', table.layers.sum(), table.parameters.sum()]
     return table
 
-# %% ../nbs/api/05_adapter.ipynb #7f2ceb69
+# %% ../nbs/api/05_adapter.ipynb #c571ef65
 class Adapter:
     """One named adapter on a model. Made by `add_lora` and `load_adapter`, not by hand.
 
@@ -179,7 +182,7 @@ class Adapter:
     what `own` was made from, and `extra` fields of a PEFT config that this package does not use but keeps."""
     def __init__(self, model, name, layers, options, extra=None, own=None, beyond=None):
         self.model,self.name,self.layers,self.options,self.extra = model,name,layers,options,extra or {}
-        self.own,self.beyond = own or {},{**NOTHING_BEYOND, **(beyond or {})}
+        self.own,self.beyond,self.changed_base = own or {},{**NOTHING_BEYOND, **(beyond or {})},False
 
     def named_parameters(self):
         "(PEFT's key, parameter) for each tensor that trains."
@@ -219,7 +222,7 @@ def _tensors(layer, name):
     yield f'{kind}B{end}',layer.B[name]
     if name in layer.m: yield 'lora_magnitude_vector',layer.m[name]
 
-# %% ../nbs/api/05_adapter.ipynb #bf5c65e6
+# %% ../nbs/api/05_adapter.ipynb #1dfec08d
 def adapters(model:nn.Module)->dict[str,Adapter]:
     "The adapters on this model, by name."
     return model.__dict__.setdefault('_lora_nb_adapters', {})
@@ -283,7 +286,7 @@ def _attach(model, name, plan, options, extra=None, beyond=None, own=None):
     activate(model, name)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #aa13d30e
+# %% ../nbs/api/05_adapter.ipynb #d4faf0ac
 def activate(
     model:nn.Module,
     *names:str     # adapters whose updates are added; none: the base alone
@@ -299,7 +302,7 @@ def activate(
         if isinstance(m, LoRALinear): m.active = [n for n in names if n in m.A]
         elif isinstance(m, Own): m.active = [n for n in names if m.holds(n)]
 
-# %% ../nbs/api/05_adapter.ipynb #a1652866
+# %% ../nbs/api/05_adapter.ipynb #e11ddce1
 def _inside(path, wholes): return any(path==w or path.startswith(w+'.') for w in wholes)
 
 def find_modules(model:nn.Module, names, fits=path_matches)->list[str]:
@@ -358,7 +361,7 @@ def plan_own(
         if other: own[other] = ('rows', ids, p)
     return dict(bias=bias, modules_to_save=wholes, trainable_token_indices=rows),own
 
-# %% ../nbs/api/05_adapter.ipynb #fb7a37a6
+# %% ../nbs/api/05_adapter.ipynb #044e725a
 def add_lora(
     model:nn.Module,
     r:int=16,               # rank of each ΔW
@@ -393,7 +396,7 @@ def add_lora(
             raise TargetError(f"The pattern '{pattern}' fits none of the {len(plan)} target layers; the first is '{next(iter(plan))}'.")
     return _attach(model, name, plan, options, beyond=beyond, own=own)
 
-# %% ../nbs/api/05_adapter.ipynb #26202fc1
+# %% ../nbs/api/05_adapter.ipynb #f9ba9e63
 @patch_to(Adapter)
 @contextmanager
 def disabled(self):
@@ -421,7 +424,7 @@ def remove(self):
     if not adapters(self.model):
         for p in self.model.__dict__.pop('_lora_nb_trainable', []): p.requires_grad_(True)
 
-# %% ../nbs/api/05_adapter.ipynb #0b2104cc
+# %% ../nbs/api/05_adapter.ipynb #9332e129
 class AdapterMismatch(ValueError):
     "Tensors that do not fit the adapter or the model; nothing was changed."
 
@@ -449,7 +452,7 @@ def load_state_dict(self, state:dict[str,Tensor]):
     _compare({k: v.shape for k,v in state.items()}, {k: v.shape for k,v in mine.items()}, 'The state')
     for k,v in mine.items(): v.copy_(state[k])
 
-# %% ../nbs/api/05_adapter.ipynb #f43d2e07
+# %% ../nbs/api/05_adapter.ipynb #f61304e7
 def short_names(paths, all_paths)->list[str]:
     "The shortest list of path ends that fits exactly `paths` among `all_paths` (as PEFT matches them)."
     paths,result = set(paths),set()
@@ -458,7 +461,7 @@ def short_names(paths, all_paths)->list[str]:
         result |= {leaf} if mine == {p for p in all_paths if p.split('.')[-1]==leaf} else mine
     return sorted(result)
 
-# %% ../nbs/api/05_adapter.ipynb #32ee3a94
+# %% ../nbs/api/05_adapter.ipynb #f4bbf940
 PEFT_FIELDS = dict(alora_invocation_tokens=None, alpha_pattern={}, arrow_config=None, auto_mapping=None, base_model_name_or_path=None,
     bias='none', corda_config=None, ensure_weight_tying=False, eva_config=None, exclude_modules=None, fan_in_fan_out=False,
     inference_mode=True, init_lora_weights=True, kasa_config=None, layer_replication=None, layers_pattern=None,
@@ -500,11 +503,19 @@ def config(self)->dict:
         fan_in_fan_out=any(isinstance(l, LoRAConv1D) for l in self.layers.values()), task_type='CAUSAL_LM' if causal else None,
         base_model_name_or_path=getattr(getattr(self.model, 'config', None), '_name_or_path', None) or None)
 
-# %% ../nbs/api/05_adapter.ipynb #74f608b5
+# %% ../nbs/api/05_adapter.ipynb #9c381f4b
 def fingerprint(model:nn.Module)->str:
     "16 hex digits of the paths and shapes of all layers that could be adapted; the same in 4 bits and in 16."
     shapes = [(p, *map(int, cls._features_of(m))) for p,m in base_modules(model).items() if (cls := layer_class(m))]
     return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()[:16]
+
+def weights_digest(model:nn.Module, paths)->str:
+    "16 hex digits of the 4-bit codes and scales of these layers: equal only where each number is."
+    modules,h = base_modules(model),hashlib.sha256()
+    for p in sorted(paths):
+        if isinstance(modules[p], Linear4bit):
+            for t in (modules[p].weight, modules[p].absmax): h.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
 
 @patch_to(Adapter)
 def export_state(self)->dict[str,Tensor]:
@@ -517,7 +528,7 @@ def export_state(self)->dict[str,Tensor]:
     state |= {k: t.detach() for k,t in self.own_tensors()}
     return {k: t.to('cpu', torch.float32 if t.is_floating_point() else t.dtype).contiguous().clone() for k,t in state.items()}
 
-# %% ../nbs/api/05_adapter.ipynb #06cfcdf2
+# %% ../nbs/api/05_adapter.ipynb #11d12ac0
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -533,10 +544,14 @@ def save(self,
     state = self.export_state()
     if bad := [k for k,t in state.items() if not t.isfinite().all()]:
         warnings.warn(f'{len(bad)} tensors hold NaN or infinity, and load_adapter will refuse this file: {_some(bad, 3)}')
+    meta = {'format': 'pt', 'lora_nb_base': fingerprint(self.model)}
+    if self.changed_base:
+        meta['lora_nb_weights'] = weights_digest(self.model, self.layers)
+        warnings.warn("loftq with iterations > 1 chose this base's 4-bit weights, and the adapter fits no other: keep that model too (merge writes it), or repeat loftq before loading.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
     try:
-        save_file(state, tmp/'adapter_model.safetensors', metadata={'format': 'pt', 'lora_nb_base': fingerprint(self.model)})
+        save_file(state, tmp/'adapter_model.safetensors', metadata=meta)
         (tmp/'adapter_config.json').write_text(json.dumps(self.config(), indent=2, sort_keys=True))
         for f in tmp.iterdir(): f.chmod(0o644); _fsync(f)
         if folder.exists():
@@ -546,7 +561,7 @@ def save(self,
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/api/05_adapter.ipynb #c1c7ab94
+# %% ../nbs/api/05_adapter.ipynb #c3e9bbe5
 class BadAdapterFile(ValueError):
     "An adapter folder whose files are damaged or contradict each other; nothing was changed."
 class UnsupportedAdapter(ValueError):
@@ -599,7 +614,7 @@ def _dict(cfg, field, file):
     if not isinstance(v, dict): raise BadAdapterFile(f'{file}: {field} is {v!r}; expected an object of names and numbers.')
     return v
 
-# %% ../nbs/api/05_adapter.ipynb #ae468e1f
+# %% ../nbs/api/05_adapter.ipynb #f87dc15d
 _KEY = re.compile(r'^(?:base_model\.model\.)?(?P<path>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)'
                  r'(?:\.(?!weight$)[^.]+)?(?:\.weight)?$')
 
@@ -623,7 +638,7 @@ def _read_tensors(file):
         state[n] = t
     return state,meta
 
-# %% ../nbs/api/05_adapter.ipynb #70143f20
+# %% ../nbs/api/05_adapter.ipynb #70b6f597
 def _peft_match(cfg, path):
     "Does PEFT adapt this path under this config? (target_modules, exclude_modules, layers_to_transform, layers_pattern)"
     fits = lambda names: re.fullmatch(names, path) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
@@ -686,7 +701,7 @@ def _drop_copies(state, model, plan, cfg, beyond):
         for end in ('original_module.bias', 'modules_to_save.bias'): state.pop(f'base_model.model.{p}.{end}', None)
     return state
 
-# %% ../nbs/api/05_adapter.ipynb #36918815
+# %% ../nbs/api/05_adapter.ipynb #8c828657
 def load_adapter(
     model:nn.Module,
     folder,             # with PEFT's adapter_config.json and adapter_model.safetensors
@@ -712,15 +727,18 @@ def load_adapter(
     note = ' It was trained on a base of other shapes' + (f" ({cfg['base_model_name_or_path']})" if cfg.get('base_model_name_or_path') else '') if other else ''
     _compare({k: t.shape for k,t in state.items()}, wanted | more, f"'{folder}'" + (f' ({note.strip()})' if other else ''))
     if other: warnings.warn(f"'{folder}':{note}; its own tensors fit all the same.")
+    if (digest := meta.get('lora_nb_weights')) and digest != weights_digest(model, plan):
+        raise AdapterMismatch(f"'{folder}' was trained over 4-bit weights that loftq chose (iterations > 1), and this model has others. Load that model, or run loftq on this one with the same settings first. Nothing was changed.")
     options = dict(dropout=float(cfg.get('lora_dropout') or 0), scaling='rslora' if cfg.get('use_rslora') else 'alpha/r',
                    init=_STARTS[cfg.get('init_lora_weights', True)], dora=bool(cfg.get('use_dora')))
     extra = {k: v for k,v in cfg.items() if k not in PEFT_FIELDS}
     adapter = _attach(model, name, plan, options, extra, beyond, own)
+    adapter.changed_base = 'lora_nb_weights' in meta
     with torch.no_grad():
         for k,p in (*adapter.named_parameters(), *adapter.own_tensors()): p.copy_(state[k].reshape(p.shape))
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #7a67f401
+# %% ../nbs/api/05_adapter.ipynb #ce8f5d34
 def train_only(model:nn.Module, name:str):
     "Make this adapter the only one whose parameters train; `activate` says which take part."
     if name not in adapters(model): raise KeyError(f"No adapter '{name}' on this model; it has: {', '.join(adapters(model)) or 'none'}.")
@@ -743,7 +761,7 @@ def by_row(
     finally:
         for l in layers: l.rows = None
 
-# %% ../nbs/api/05_adapter.ipynb #1894952e
+# %% ../nbs/api/05_adapter.ipynb #24f03cd6
 def _stack(model, weights, path):
     "All named updates of one layer as one pair with scaling 1."
     layer = next(adapters(model)[n].layers[path] for n in weights if path in adapters(model)[n].layers)
@@ -793,7 +811,7 @@ def _from_factors(model, name, pairs, dropout=0.):
         adapter.layers[p].A[name].copy_(A); adapter.layers[p].B[name].copy_(B)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #8ce30c24
+# %% ../nbs/api/05_adapter.ipynb #765b156c
 def _replace(adapter, pairs):
     "Give the adapter's layers new factors with the same scaling, keeping its name, active or not."
     n,model = adapter.name,adapter.model
@@ -848,7 +866,71 @@ def expand(
         pairs[path] = torch.cat([A, new]),torch.cat([B, B.new_zeros(len(B), rank-len(A))], 1)
     return _replace(adapter, pairs)
 
-# %% ../nbs/api/05_adapter.ipynb #6ac33e90
+# %% ../nbs/api/05_adapter.ipynb #d5ed1eb4
+def _best_of_rank(R, r):
+    "A (r, in), B (out, r) of the rank-r matrix nearest to R (out, in), by the eigenvectors of the smaller of RRᵀ and RᵀR."
+    R = R.double()
+    wide = R.shape[0] < R.shape[1]
+    Q = torch.linalg.eigh(R @ R.T if wide else R.T @ R).eigenvectors[:,-r:].flip(1)
+    A,B = (Q.T @ R,Q) if wide else (Q.T,R @ Q)
+    root = (A if wide else B).norm(dim=1 if wide else 0).clamp_min(1e-300).sqrt()
+    return (A/root[:,None],B*root) if wide else (A*root[:,None],B/root)
+
+def _full_weight(source, path, shape):
+    "The full-precision W (out, in) of one layer."
+    if isinstance(source, nn.Module):
+        module = base_modules(source).get(path)
+        if module is None: raise KeyError(f"The source has no layer '{path}'. Give the model that was quantised.")
+        if isinstance(module, Linear4bit) or hasattr(module, 'dequantize') or hasattr(getattr(module, 'weight', None), 'quant_state'):
+            raise ValueError(f"'{path}' of the source is itself in 4 bits; loftq needs the full-precision model.")
+        W = weight_2d(module)
+    else:
+        if f'{path}.weight' not in source: raise KeyError(f"The source has no tensor '{path}.weight'. Give the weights of the model that was quantised.")
+        W = source[f'{path}.weight']
+        W = W() if callable(W) else W
+    if tuple(W.shape) != shape: raise ValueError(f"'{path}' has shape {tuple(W.shape)} in the source and {shape} in the model. Give the model that was quantised.")
+    return W.detach()
+
+@torch.no_grad()
+def loftq(
+    adapter:Adapter,  # new, over a 4-bit base; its A and B are overwritten
+    source,           # the full-precision model, or a dict 'path.weight' → tensor (or a function that gives it)
+    iterations:int=1  # turns; from the second on the base's 4-bit weights change too
+)->pd.DataFrame:      # a row for each 4-bit layer: ‖W − Ŵ‖/‖W‖ before, and with the adapter after
+    """Start `adapter` at the best rank-r part of the quantisation error (LoftQ, 2310.08659, algorithm 1), in place.
+
+    `ValueError` for a trained adapter, a base that is not in 4 bits, or a source that does not fit; nothing is changed then."""
+    n,model = adapter.name,adapter.model
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1: raise ValueError(f'iterations is an integer of at least 1; given {iterations!r}.')
+    if any(l.B[n].any() and not isinstance(l, LoRAEmbedding) for l in adapter.layers.values()): raise ValueError(f"'{n}' is past its start (its B is not zero), and loftq would overwrite it. Put a new one on with add_lora(model, init='kaiming').")
+    packed = {p: l for p,l in adapter.layers.items() if hasattr(l.base, 'dequantize') or hasattr(getattr(l.base, 'weight', None), 'quant_state')}
+    if not packed: raise ValueError("No layer of this adapter is in 4 bits, so there is no quantisation error to start from. Load the model with quant=NF4().")
+    if iterations > 1:
+        if len(adapters(model)) > 1: raise ValueError(f"iterations={iterations} changes the base's 4-bit weights under the other adapters ({', '.join(a for a in adapters(model) if a!=n)}). Use iterations=1, or remove them.")
+        if odd := [p for p,l in packed.items() if not isinstance(l.base, Linear4bit)]: raise ValueError(f"iterations={iterations} quantises anew, which is built for this package's Linear4bit; {odd[0]} is a {type(packed[odd[0]].base).__name__}. Use iterations=1.")
+    found,rows = {},[]
+    for path,l in packed.items():
+        W = _full_weight(source, path, (l.out_features, l.in_features)).to(l.A[n].device, torch.float32)
+        q,r,dequantised = None,len(l.A[n]),l.weight_2d().float()
+        before = (W - dequantised).norm()
+        for turn in range(iterations):
+            if turn:
+                q = quantize((W - (B @ A).float()).to(l.base.qweight.dtype), l.base.qweight.config, f'{path}.weight')
+                dequantised = q.dequantize(torch.float32)
+            A,B = _best_of_rank(W - dequantised, r)
+        found[path] = A/math.sqrt(l.scaling[n]),B/math.sqrt(l.scaling[n]),q
+        rows.append((path, (before/W.norm()).item(), ((W - dequantised - (B @ A).float()).norm()/W.norm()).item()))
+    for path,(A,B,q) in found.items():
+        l = packed[path]
+        if q is not None: l.base._hold(q)
+        l.A[n].copy_(A); l.B[n].copy_(B)
+        if n in l.m:
+            if q is not None: l.W_square.copy_(l.weight_2d().to(l.A[n].dtype).square().sum(1))
+            l.m[n].copy_(l.row_norm(n))
+    adapter.changed_base = adapter.changed_base or iterations > 1
+    return pd.DataFrame(rows, columns=['layer', 'before', 'after']).set_index('layer')
+
+# %% ../nbs/api/05_adapter.ipynb #14ef1ea5
 @patch_to(Adapter)
 def replaced(self)->dict[str,Tensor]: # name in the plain model → tensor; a tied output layer follows its embedding, and is not listed
     "The base's tensors that this adapter replaces (`modules_to_save`, biases, token rows), in the base's dtype; empty for LoRA alone."
@@ -859,7 +941,7 @@ def replaced(self)->dict[str,Tensor]: # name in the plain model → tensor; a ti
         else: found |= {f'{path}.{k}': t.detach().to(bare(m).state_dict()[k].dtype) if k in dict(bare(m).named_parameters()) else t for k,t in m.tensors(self.name).items()}
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #aef239c9
+# %% ../nbs/api/05_adapter.ipynb #1588c3a4
 @torch.no_grad()
 def extract(
     model:nn.Module,         # the base; the adapter is put on it

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 from lora_nb.adapter import (AdapterMismatch, BadAdapterFile, TargetError, UnsupportedAdapter, activate, adapters, add_lora, base_modules,
-                             by_row, combine, expand, extract, find_targets, fingerprint, load_adapter, short_names, targets_preview, train_only, truncate, untie)
+                             by_row, combine, expand, extract, find_targets, fingerprint, load_adapter, loftq, short_names, targets_preview, train_only, truncate, untie)
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.lora import LoRALinear
 from lora_nb.quantize import NF4
@@ -840,3 +840,62 @@ def test_conv2d_truncates_and_refuses():
         model = nn.Sequential(nn.Conv2d(3, 4, 1), conv)
         with pytest.raises(ValueError, match=text): add_lora(model, r=2, targets=['0', '1'])
         assert type(model[0]) is type(model[1]) is nn.Conv2d and not adapters(model)
+
+# --- LoftQ -------------------------------------------------------------------------------------------------------------
+
+def test_loftq_is_the_best_of_rank_r_of_the_error():
+    from peft.utils.loftq_utils import _low_rank_decomposition
+    model,full = llama_4bit(),llama()
+    a = add_lora(model, r=8, alpha=24)
+    table = loftq(a, full)
+    for p,l in a.layers.items():
+        W,Q = base_modules(full)[p].weight.detach(),l.weight_2d()
+        d = _low_rank_decomposition(W - Q, 8)
+        torch.testing.assert_close(l.delta(), d['L'] @ d['R'], rtol=1e-4, atol=1e-6)
+        assert abs(table.after[p] - ((W - Q - l.delta()).norm()/W.norm()).item()) < 1e-6
+        tail = torch.linalg.svdvals(W - Q)[8:].norm()/W.norm()
+        assert abs(table.after[p] - tail.item()) < 1e-5 and table.after[p] < table.before[p]
+        torch.testing.assert_close(l.A['default'].norm(dim=1), l.B['default'].norm(dim=0), rtol=1e-3, atol=1e-6)
+    with a.disabled(): assert torch.equal(logits(model), logits(llama_4bit()))
+    off = lambda m: (logits(m) - logits(full)).norm().item()
+    assert off(model) < off(llama_4bit())
+
+def test_loftq_file_fits_any_copy_of_the_base(tmp_path):
+    a = add_lora(llama_4bit(), r=8, targets='attention')
+    loftq(a, {f'{p}.weight': (lambda w=m.weight: w) for p,m in base_modules(llama()).items() if isinstance(m, nn.Linear)})
+    a.save(tmp_path/'a')
+    close(logits(a.model), logits(PeftModel.from_pretrained(llama_bnb(), tmp_path/'a')))
+    assert torch.equal(logits(load_adapter(llama_4bit(), tmp_path/'a').model), logits(a.model))
+
+@pytest.mark.parametrize('dora', [False, True])
+def test_loftq_turns_change_the_base_and_say_so(dora, tmp_path):
+    one,more = [],[]
+    for out,turns in ((one, 1), (more, 4)):
+        a = add_lora(llama_4bit(), r=8, targets='attention', dora=dora)
+        out += [a, loftq(a, llama(), turns)]
+    assert (more[1].after < one[1].after).all() and one[1].before.equals(more[1].before)
+    a,table = more
+    for p,l in a.layers.items():
+        W = base_modules(llama())[p].weight
+        assert abs(table.after[p] - ((W - l.merged('default')).norm()/W.norm()).item()) < 1e-5
+    with pytest.warns(UserWarning, match='fits no other'): a.save(tmp_path/'a')
+    with pytest.raises(AdapterMismatch, match='loftq chose'): load_adapter(llama_4bit(), tmp_path/'a')
+    again = llama_4bit()
+    b = add_lora(again, r=8, targets='attention'); loftq(b, llama(), 4); b.remove()
+    assert torch.equal(logits(load_adapter(again, tmp_path/'a').model), logits(a.model)) and adapters(again)['default'].changed_base
+
+def test_loftq_errors_change_nothing():
+    model = llama_4bit()
+    a = add_lora(model, r=2, targets='attention')
+    want = logits(model)
+    for source,kw,error,text in ((llama_4bit(), {}, ValueError, 'itself in 4 bits'), (llama(hidden_size=32), {}, ValueError, 'has shape'), ({}, {}, KeyError, 'has no tensor'),
+                                 (llama(), dict(iterations=0), ValueError, 'at least 1')):
+        with pytest.raises(error, match=text): loftq(a, source, **kw)
+    add_lora(model, r=2, targets='q_proj', name='b')
+    with pytest.raises(ValueError, match='under the other adapters'): loftq(a, llama(), 2)
+    adapters(model)['b'].remove(); activate(model, 'default')
+    assert torch.equal(logits(model), want) and not a.changed_base
+    with pytest.raises(ValueError, match='No layer of this adapter'): loftq(add_lora(llama(), r=2), llama())
+    with pytest.raises(ValueError, match='Use iterations=1'): loftq(add_lora(llama_bnb(), r=2), llama(), 2)
+    loftq(a, llama())
+    with pytest.raises(ValueError, match='past its start'): loftq(a, llama())

@@ -4,7 +4,9 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from lora_nb.lora import (INITS, LoRAConv1D, LoRAEmbedding, LoRALinear, SCALINGS, thin_svd, weight_2d)
+from lora_nb.linear4bit import Linear4bit
+from lora_nb.lora import (INITS, LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALinear, OwnRows, OwnTensors, SCALINGS, thin_svd, weight_2d)
+from lora_nb.quantize import NF4
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -197,3 +199,76 @@ def test_merged_is_one_product(dora):
     torch.testing.assert_close(layer(x), F.linear(x, layer.merged('a', 'b'), layer.base.bias), rtol=1e-4, atol=1e-5)
     layer.active = []
     assert torch.equal(layer(x), F.linear(x, layer.merged(), layer.base.bias)) and torch.equal(layer.base.weight, W)
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('double', [False, True])
+def test_gradcheck_over_four_bits(bias, double):
+    base = Linear4bit.from_linear(linear(64, 8, bias=bias), NF4(blocksize=64, double=double))
+    layer = shaken(LoRALinear(base).add(r=2, alpha=3))
+    f = lambda x, A, B: torch.func.functional_call(layer, {'A.default': A, 'B.default': B}, x)
+    args = [torch.randn(2, 64).double(), layer.A['default'].detach().double(), layer.B['default'].detach().double()]
+    assert torch.autograd.gradcheck(f, [a.requires_grad_() for a in args])
+    W = base.dequantize(torch.float64) + layer.delta().double()
+    torch.testing.assert_close(f(*args), F.linear(args[0], W, None if base.bias is None else base.bias.double()), rtol=1e-5, atol=1e-5)
+
+def test_dora_over_four_bits_has_the_formulas_gradients():
+    base = Linear4bit.from_linear(linear(64, 8, bias=False), NF4(blocksize=64))
+    layer = shaken(LoRALinear(base).add(r=2, dora=True))
+    x = torch.randn(3, 64)
+    layer(x).square().sum().backward()
+    A,B,m = (d['default'].detach().clone().requires_grad_() for d in (layer.A, layer.B, layer.m))
+    V = base.dequantize(torch.float32) + layer.scaling['default']*B @ A
+    F.linear(x, (m/V.detach().norm(dim=1))[:, None]*V).square().sum().backward()
+    for mine,want in ((layer.A, A), (layer.B, B), (layer.m, m)): torch.testing.assert_close(mine['default'].grad, want.grad, rtol=1e-3, atol=1e-3)
+
+# --- what is not low rank ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kw', [{}, dict(stride=2), dict(padding=1), dict(padding='same'), dict(dilation=2, padding=2), dict(stride=(1, 2), bias=False)])
+@pytest.mark.parametrize('dora', [False, True])
+def test_conv2d_is_one_convolution(kw, dora):
+    base = nn.Conv2d(3, 6, 3, **kw).requires_grad_(False)
+    layer = LoRAConv2d(base).add(r=2, alpha=3, dora=dora)
+    x = torch.randn(2, 3, 9, 8)
+    assert torch.equal(layer(x), base(x))
+    shaken(layer)
+    if dora: nn.init.uniform_(layer.m['default'], .5, 2)
+    want = base._conv_forward(x, layer.merged('default').view_as(base.weight), base.bias)
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+    assert layer.A['default'].shape == (2, 27) and layer.file_shapes(base, 2) == ((2, 3, 3, 3), (6, 2, 1, 1), (1, 6, 1, 1))
+
+def test_conv2d_gradcheck():
+    layer = shaken(LoRAConv2d(nn.Conv2d(2, 3, 2, stride=2, padding=1).double().requires_grad_(False)).add(r=2))
+    f = lambda x, A, B: torch.func.functional_call(layer, {'A.default': A, 'B.default': B}, x)
+    args = [torch.randn(1, 2, 5, 4).double(), layer.A['default'].detach().clone(), layer.B['default'].detach().clone()]
+    assert torch.autograd.gradcheck(f, [a.requires_grad_() for a in args])
+
+@pytest.mark.parametrize('pad', [None, 3])
+@pytest.mark.parametrize('scale', [None, 2.5])
+def test_rows_are_an_embedding_with_those_rows(pad, scale):
+    class Scaled(nn.Embedding):
+        embed_scale = scale and torch.tensor(scale)
+        def forward(self, ids): return super().forward(ids)*(scale or 1)
+    base = Scaled(10, 6, padding_idx=pad)
+    table = OwnRows(base).add('a', [7, 3, 0])
+    table.active = ['a']
+    ids = torch.tensor([[0, 3, 5], [7, 7, 9]])
+    assert torch.equal(table(ids)[0, 2], base(ids)[0, 2])
+    nn.init.normal_(table.row['a'])
+    W = base.weight.detach().index_copy(0, torch.tensor([7, 3, 0]), table.row['a'].detach()).requires_grad_()
+    want = F.embedding(ids, W, pad)*(scale or 1)
+    assert torch.equal(table(ids), want)
+    table(ids).square().sum().backward(); want.square().sum().backward()
+    torch.testing.assert_close(table.row['a'].grad, W.grad[[7, 3, 0]])
+    assert base.weight.grad is None or not base.weight.grad[[7, 3, 0]].any() or pad is not None
+
+def test_own_tensors_leave_the_base_alone():
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    was = {k: v.clone() for k,v in base.state_dict().items()}
+    own = OwnTensors(base).add('a').add('b', ['0.bias'])
+    own.active = ['a']
+    own.train()(torch.randn(8, 4)).sum().backward()
+    assert all(torch.equal(v, was[k]) for k,v in base.state_dict().items())
+    assert not torch.equal(own.tensors('a')['1.running_mean'], was['1.running_mean']) and own.own['a'].get_parameter('0/weight').grad is not None
+    assert set(own.tensors('b')) == {'0.bias'}
+    own.drop_adapter('a'); assert own.active == [] and not own.empty()
+    own.drop_adapter('b'); assert own.empty()
