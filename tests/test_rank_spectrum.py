@@ -159,24 +159,27 @@ def test_faults_are_said(run):
 
 def test_while_it_trains(tmp_path, monkeypatch):
     async def body():
-        run = tiny_run(tmp_path/'run', pace=.02, epochs=60)
+        run = tiny_run(tmp_path/'run', pace=.02, epochs=5000)
         monkeypatch.setattr(rs, 'truncate', lambda *a: pytest.fail('cut while it trained'))
+        async def until(true):
+            for _ in range(600):
+                if true(): return
+                await asyncio.sleep(.1)
+            raise AssertionError('a minute has passed')
         seen = RankSpectrum(run.adapter, run, loss=lambda: 1., every=.1)
         try:
             assert seen.button.disabled and len(run._probes)==1
             with pytest.raises(RuntimeError, match='wait until it has ended'): seen.measure()
-            await asyncio.sleep(2.5)
-            assert len(seen.data('ranks')) > 3 and seen.step()==seen.steps()[-1]
-            seen.when.value = 1
-            await asyncio.sleep(1.5)
-            assert seen.when.value==1 < seen.when.max                          # not pulled forward
+            await until(lambda: len(seen.data('ranks')) > 3)
+            assert seen.step()==seen.steps()[-1]
+            seen.when.value, was = 1, seen.when.max
+            await until(lambda: seen.when.max > was)
+            assert seen.when.value==1                                          # not pulled forward
         finally:
             run.stop()
             await asyncio.to_thread(run._done.wait, 20)
-        for _ in range(40):
-            await asyncio.sleep(.1)
-            if not run._subs: break
-        assert not run._subs and not run._probes and not run._waiting and not seen.button.disabled and seen.steps()[-1]==run.step
+        await until(lambda: not run._subs)
+        assert not run._probes and not run._waiting and not seen.button.disabled and seen.steps()[-1]==run.step
     asyncio.run(body())
 
 

@@ -7,7 +7,7 @@ __all__ = ['spectra_event', 'watch_spectra', 'folder_spectra', 'spectra_history'
            'rank_table', 'ranks_to_try', 'truncated', 'samples_loss', 'loss_after_cut', 'bands_picture', 'fill_bands',
            'ranks_picture', 'fill_ranks', 'cut_picture', 'fill_cut', 'cut_words', 'table_html', 'RankSpectrum']
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #cccb72b3
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #7089a0ab
 import asyncio, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ..spectra import effective_rank, singular_values, spectra_by_layer
 from .adapter_inspector import Factors, _known
 from .look import COLOUR, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, still_lines, still_table, style_sheet
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #cc353745
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #17e7d7a4
 def spectra_event(
     adapter # an `Adapter`
 )->dict:    # an event of kind 'spectra'; s: layer → singular values of ΔW, five digits
@@ -35,7 +35,7 @@ def watch_spectra(
     "Have the run's worker publish all layers' spectra between two steps."
     return run.probe(lambda run: spectra_event(run.adapter), every)
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #d6b9c813
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #dd51f11d
 def folder_spectra(
     folder # with PEFT's two files
 )->dict:   # layer → (k,) singular values of ΔW
@@ -58,7 +58,7 @@ def spectra_history(
     if now is not None: put(step, spectra_by_layer(now))
     return dict(sorted(found.items()))
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #fca914aa
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #46ca187e
 def spectrum_bands(
     spectra:dict,        # layer → (k,) singular values
     layer:str|None=None  # one layer, in σ; None: all, each divided by its largest
@@ -85,7 +85,7 @@ def effective_ranks(
         rows[step] = dict(zip(('low','value','high'), np.quantile(ranks, [.1,.5,.9])))
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value','low','high']).rename_axis('step')
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #69d01ad6
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #eda0111c
 def rank_table(
     spectra:dict,        # layer → (k,) singular values
     shapes:dict,         # layer → (out, in)
@@ -109,7 +109,7 @@ def ranks_to_try(
     "Ranks that are worth a measurement."
     return [2**i for i in range(max(0, (r-1).bit_length()))]+[r]
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8c661a50
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #c968d6b8
 @contextmanager
 def truncated(
     adapter,                 # an `Adapter` that nobody trains just now
@@ -126,7 +126,7 @@ def truncated(
             l.A[n],l.B[n],l.alpha[n] = A,B,alpha
             if A0 is not None: l.A0._buffers[n],l.B0._buffers[n] = A0,B0
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #87749deb
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8403f871
 @torch.no_grad()
 def samples_loss(
     model,           # a transformers causal LM
@@ -156,7 +156,7 @@ def loss_after_cut(
     if rank>=max(len(l.factors(adapter.name)[0]) for l in adapter.layers.values()): return float(measure())
     with truncated(adapter, rank): return float(measure())
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #395b676a
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #e2b6e458
 _ORANGE,_BLUE = COLOUR['heldout'],COLOUR['adapter']
 
 def _band(x=(), y=(), axis='y'):
@@ -214,7 +214,7 @@ def table_html(table:pd.DataFrame, losses:dict)->str:
     "`rank_table` at powers of two, with losses where they were measured, in plain HTML."
     return still_table([{'rank':k, 'parameters':f'{table.parameters[k]:,}', 'error left':f'{table.error[k]:.2%}', 'energy kept':f'{table.energy[k]:.2%}', 'loss':f'{losses[k]:.4f}' if k in losses else '–'} for k in ranks_to_try(len(table))])
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8e45cf4c
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0b11f15e
 _LIVE = 'running','paused'
 _ALL = 'all layers'
 
@@ -232,7 +232,7 @@ class RankSpectrum(widgets.VBox):
         self.layers,self.shapes = list(adapter.layers),{p:(l.out_features, l.in_features) for p,l in adapter.layers.items()}
         self.layer = None if layer is None else _known(layer, self.layers)
         self.losses,self.history,self._closed,self._quiet,self._lock = {},{},False,False,threading.RLock()
-        self._due,self._next,self._off,self._files = False,0.,[],{}
+        self._due,self._next,self._off,self._read = False,0.,[],0
         try: self._loop = asyncio.get_running_loop()
         except RuntimeError: self._loop = None
         self._gather()
@@ -244,29 +244,20 @@ class RankSpectrum(widgets.VBox):
         if self.live(): self._off = [run.subscribe(self._wake), run.while_waiting(self._waiting), watch_spectra(run, every)]
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #cec0def2
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #7007e8ae
 def live(self:RankSpectrum)->bool:
     "Is a run training the adapter now?"
     return self.run is not None and self.run.state in _LIVE
 RankSpectrum.live = live
 
 def _gather(self:RankSpectrum):
-    "Read what is known. A run that trains: its events alone, never its tensors."
-    events,step = (self.run.events,self.run.step) if self.run is not None else ([],0)
-    self.history = spectra_history(self._once(events), None if self.live() else self.adapter, step)
-    if not self.history: self.history = {step:{p:torch.zeros(min(len(l.A[self.adapter.name]), *self.shapes[p])) for p,l in self.adapter.layers.items()}}
+    "Read what is new. A run that trains: its events alone, never its tensors."
+    events,step = (self.run.events[self._read:],self.run.step) if self.run is not None else ([],0)
+    self._read += len(events)
+    for at,spectra in spectra_history(events, None if self.live() else self.adapter, step).items(): self.history.setdefault(at, {}).update(spectra)
+    if not self.history: self.history[step] = {p:torch.zeros(min(len(l.A[self.adapter.name]), *self.shapes[p])) for p,l in self.adapter.layers.items()}
+    self.history = dict(sorted(self.history.items()))
 RankSpectrum._gather = _gather
-
-def _once(self:RankSpectrum, events)->list:
-    "The events, with each checkpoint's folder read only once."
-    found = []
-    for e in list(events):
-        if e['kind']=='checkpoint':
-            if e['path'] not in self._files: self._files[e['path']] = spectra_history([e])
-            found += [dict(kind='spectra', step=step, s=s) for step,s in self._files[e['path']].items()]
-        elif e['kind'] in ('spectra','spectrum'): found.append(e)
-    return found
-RankSpectrum._once = _once
 
 def steps(self:RankSpectrum)->list:
     "The steps at which what is chosen is known."
@@ -283,7 +274,7 @@ def table(self:RankSpectrum)->pd.DataFrame:
     return rank_table(self.history[self.step()], self.shapes, self.layer)
 RankSpectrum.table = table
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #762d464a
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #261bff1c
 def _build(self:RankSpectrum):
     self.watcher,self._trouble,self._rows = Watcher(),widgets.HTML(),widgets.HTML()
     self.figures = dict(spectrum=bands_picture(), ranks=ranks_picture(), cut=cut_picture())
@@ -344,7 +335,7 @@ def _say_button(self:RankSpectrum):
     self.button.disabled,self.button.tooltip = self.live() or self.loss is None,why
 RankSpectrum._say_button = _say_button
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #1a9b0aec
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #4e88cc83
 def _wake(self:RankSpectrum, event):
     if event['kind'] not in ('spectra','spectrum','checkpoint','state') or self._due or self._closed or self._loop is None: return
     self._due = True
@@ -383,7 +374,7 @@ def _changed(self:RankSpectrum, change):
         self.refresh()
 RankSpectrum._changed = _changed
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #cfdd3061
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #78515d17
 def measure(self:RankSpectrum, ranks=None)->dict:
     "The loss after cutting all layers to each of `ranks` (the table's, where None is given); kept, so that each is measured once."
     if self.live(): raise RuntimeError('The run trains this adapter now: wait until it has ended (run.wait() or run.stop()), then measure.')
@@ -406,7 +397,7 @@ def _press(self:RankSpectrum, _=None):
         self._say_button()
 RankSpectrum._press = _press
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #e53602c1
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #b908bb9b
 def data(self:RankSpectrum, name:str)->pd.DataFrame:
     "The numbers behind a picture: 'spectrum', 'ranks' (over the steps) or 'cut' (with the losses that were measured)."
     _known(name, self.figures)
