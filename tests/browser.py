@@ -42,7 +42,8 @@ def jupyterlab(folder, home):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value))
     log = open(home/'jupyterlab.log', 'w')
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--port=0', '--allow-root', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={folder}'],
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--port=0', '--allow-root', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={folder}',
+                               '--MappingKernelManager.cull_idle_timeout=300', '--MappingKernelManager.cull_interval=60', '--ServerApp.shutdown_no_activity_timeout=600'],  # ends by itself if the test is killed
                               cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         def port():

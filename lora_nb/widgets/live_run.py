@@ -9,7 +9,7 @@ __all__ = ['MEMORY', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rate
            'memory_picture', 'fill_memory', 'memory_legend', 'samples_html', 'asker', 'status_text', 'trouble_text',
            'still_html', 'LiveRun']
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #0f207f46
+# %% ../../nbs/api/12_widgets_live_run.ipynb #44c38d70
 import asyncio, difflib, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
@@ -19,7 +19,7 @@ from ..spectra import effective_rank, singular_values
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, parts, picture,
                                   seconds_text, seconds_unit, shrink, still_lines, still_table, style_sheet, thin)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #947c44a8
+# %% ../../nbs/api/12_widgets_live_run.ipynb #b4bf306f
 def of_kind(events, kind:str)->list:
     "The events of one kind, in the order in which they came."
     return [e for e in list(events) if e['kind']==kind]
@@ -37,7 +37,7 @@ def rates_frame(events)->pd.DataFrame:
     cols = ('lr','tokens_per_s','grad_norm')
     return pd.DataFrame({c:[e.get(c, float('nan')) for e in steps] for c in cols}, index=pd.Index([e['step'] for e in steps], name='step'), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #e726555b
+# %% ../../nbs/api/12_widgets_live_run.ipynb #43bee353
 def smooth(
     y,              # (n,) values
     weight:float=.9 # of the past
@@ -58,7 +58,7 @@ def time_left(
     if len(steps)<2: return None
     return float(np.median(np.diff([e['time'] for e in steps])))*max(0, total_steps-steps[-1]['step'])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #70b6b2e0
+# %% ../../nbs/api/12_widgets_live_run.ipynb #02965a3b
 def matrices(
     adapter,   # an Adapter
     layer:str  # a key of `adapter.layers`
@@ -83,7 +83,7 @@ def spectrum_frame(
     width = max((len(e['s']) for e in seen), default=0)
     return pd.DataFrame([e['s'] for e in seen], index=pd.Index([e['step'] for e in seen], name='step'), columns=range(1, width+1), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #8f3efc0d
+# %% ../../nbs/api/12_widgets_live_run.ipynb #95a08fcf
 MEMORY = {'base weights':'base', 'adapter':'adapter', 'gradients':'gradients', 'optimizer':'optimizer', 'activations and rest':'rest'}
 
 def memory_now(run)->dict:
@@ -102,7 +102,7 @@ def sample_frame(events)->pd.DataFrame:
     cols = ['step','question','base','adapter']
     return pd.DataFrame([{c:e.get(c, '') for c in cols} for e in newest.values()], columns=cols)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #eb737341
+# %% ../../nbs/api/12_widgets_live_run.ipynb #a3fc7324
 def loss_picture():
     line = partial(go.Scatter, x=[], y=[], mode='lines')
     return picture([line(name='training, each step', line=dict(color=COLOUR['adapter'], width=1), opacity=.45, hoverinfo='skip'),
@@ -137,7 +137,7 @@ def fill_rates(fig, events):
         trace.x,trace.y = np.array([e['step'] for e in steps], dtype=float)[keep],y[keep]
     return f"{steps[-1]['lr']:.2e} · {np.median([e['tokens_per_s'] for e in steps[-10:]]):,.0f} tokens/s" if steps else ''
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #3230f0dd
+# %% ../../nbs/api/12_widgets_live_run.ipynb #1acf8761
 def spectrum_picture():
     return picture([go.Bar(name='now', x=[], y=[], marker_color=COLOUR['adapter']),
                     go.Scatter(name='at half the steps', x=[], y=[], mode='markers', marker=dict(color=COLOUR['heldout'], symbol='line-ew-open', size=12, line_width=2))],
@@ -178,7 +178,7 @@ def fill_matrices(fig, seen):
         trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(int), y=np.arange(1, len(z)+1))
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #8e33cf0d
+# %% ../../nbs/api/12_widgets_live_run.ipynb #7612250a
 def memory_picture():
     return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=COLOUR[c]+'c0') for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
 
@@ -208,7 +208,7 @@ def samples_html(events)->str:
     return '<div class="lnb-scroll" tabindex="0">' + ''.join(f"<div class='lnb-question'>{as_text(r.question)}</div>{answer('Base', 'base', r.base)}{answer(f'With the adapter, step {r.step}', 'adapter', r.adapter)}"
                                                 for r in frame.itertuples()) + '</div>'
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #5488a380
+# %% ../../nbs/api/12_widgets_live_run.ipynb #129c459c
 def asker(
     questions, # what to ask, again and again
     ask        # ask(model, tok, question) -> answer
@@ -224,7 +224,7 @@ def asker(
         return dict(kind='sample', question=question, base=base[question], adapter=ask(run.model, run.data.tok, question))
     return probe
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #88feed88
+# %% ../../nbs/api/12_widgets_live_run.ipynb #bcfca281
 STATES = dict(running='adapter', paused='B', stopped='base', finished='quantised', failed='heldout')  # the colour of the dot beside the word
 LIVE = 'running','paused'
 
@@ -262,7 +262,7 @@ def still_html(run)->str:
     return ''.join([f'<p><b>{as_text(run.state)}</b> {as_text(status_text(run, events))}</p>', f'<pre>{as_text(trouble)}</pre>' if trouble else '',
                     still_lines(curves, 'step', 'loss (nats per token)'), still_table(rows), still_table(samples)])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #cc7df3c4
+# %% ../../nbs/api/12_widgets_live_run.ipynb #bfcef922
 LEGENDS = dict(loss={'training, each step':COLOUR['adapter']+'73', 'training, running mean':COLOUR['adapter'], 'held-out':COLOUR['heldout']},
                spectrum={'now':COLOUR['adapter'], 'at half the steps':COLOUR['heldout']})
 
@@ -289,14 +289,14 @@ class LiveRun(widgets.VBox):
         super().__init__([style_sheet(), self.watcher, self._top, self._trouble, self._grid])
         self.add_class('lnb')
         answer_while_busy(*self.buttons.values(), self.watcher)
-        self._off = [run.subscribe(self._wake)] + ([run.while_waiting(self._waiting)] if hasattr(run, 'while_waiting') else [])
+        self._off,self._unwait = [run.subscribe(self._wake)],run.while_waiting(self._waiting)
         self._closed = False
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #b191b01c
+# %% ../../nbs/api/12_widgets_live_run.ipynb #4236c078
 def _build(self:LiveRun):
     self.figures = {name:make() for name,make in self.PICTURES.items()}
-    self.watcher = Watcher(self._wake)
+    self.watcher = Watcher(self._beat)
     button = lambda name,icon,tip: widgets.Button(description=name, icon=icon, tooltip=tip, layout=widgets.Layout(width='100px'))
     self.buttons = dict(pause=button('Pause','pause','Halt at the end of this step'), resume=button('Resume','play','Go on with the next step'),
                         stop=button('Stop','stop','End at the end of this step and write a checkpoint'))
@@ -314,7 +314,7 @@ def _build(self:LiveRun):
     self._grid = grid(*(panel(self._heads[n], *extra.get(n, []), f) for n,f in self.figures.items()), panel(widgets.HTML(heading('Answers')), self._samples))
 LiveRun._build = _build
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #573f35b4
+# %% ../../nbs/api/12_widgets_live_run.ipynb #21b21876
 def _news(self:LiveRun)->set:
     "Sort the events that came since the last call; returns their kinds."
     new = self.run.events[self._read:]
@@ -357,7 +357,7 @@ def _draw_state(self:LiveRun):
         if self.buttons[name].disabled!=off: self.buttons[name].disabled = off
 LiveRun._draw_state = _draw_state
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #49d760c1
+# %% ../../nbs/api/12_widgets_live_run.ipynb #4f896397
 def refresh(self:LiveRun, everything=False)->LiveRun:
     "Draw what is new (or everything), now, in this thread."
     with self._lock:
@@ -375,7 +375,7 @@ def refresh(self:LiveRun, everything=False)->LiveRun:
         if 'sample' in kinds: self._set(self._samples, samples_html(self._some('sample')))
         self._draw_state()
         now = time.monotonic()
-        self._next = now+max(.4, 20*(now-start))
+        self._next = now+min(2., max(.4, 20*(now-start)))
         if over and not self._ended: self._end()
     return self
 LiveRun.refresh = refresh
@@ -386,7 +386,7 @@ def _stale_spectrum(self:LiveRun):
     return was!=self._drawn
 LiveRun._stale_spectrum = _stale_spectrum
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #bdaac7a1
+# %% ../../nbs/api/12_widgets_live_run.ipynb #089d2dba
 def _wake(self:LiveRun, *_):
     "Ask the kernel's loop to draw; from any thread."
     if self._due or self._closed or self._loop is None: return
@@ -395,19 +395,28 @@ def _wake(self:LiveRun, *_):
     except RuntimeError: self._loop = None              # the loop is closed: drawing is on demand from here on
 LiveRun._wake = _wake
 
+def _beat(self:LiveRun):
+    "The page says that it is there."
+    with self._lock: self._watch()
+    self._wake()
+LiveRun._beat = _beat
+
 def _soon(self:LiveRun): self._loop.call_later(max(0, self._next-time.monotonic()), self._tick)
 LiveRun._soon = _soon
 
 def _tick(self:LiveRun):
     self._due = False
     if self._closed: return
-    self._watch()
+    with self._lock: self._watch()
     if self.watched() or self.run.state not in LIVE: self.refresh()
 LiveRun._tick = _tick
 
 def _waiting(self:LiveRun):
-    last = self.run.state not in LIVE and not self._ended
-    if not self._closed and (last or time.monotonic()>=self._next): self._tick()
+    if self._closed: return
+    over = self.run.state not in LIVE
+    if over and self._ended: self._leave_still()    # the end was drawn between two cells, where a notebook that runs without a page does not listen
+    elif over or time.monotonic()>=self._next: self._tick()
+    if over: self._unwait()
 LiveRun._waiting = _waiting
 
 def watched(self:LiveRun)->bool:
@@ -415,7 +424,7 @@ def watched(self:LiveRun)->bool:
     return not self._closed and (self.watcher.last is not None or self._shown is not None) and self.watcher.seen()
 LiveRun.watched = watched
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #bea12c0c
+# %% ../../nbs/api/12_widgets_live_run.ipynb #1243e6db
 def _look(self:LiveRun, run):
     "The probe: keeps the copies of A and B here and publishes the small part."
     if self.layer is None: return None
@@ -456,10 +465,14 @@ def _end(self:LiveRun):
     self._ended = True
     for off in self._off: off()
     self._off = []
-    if self._shown: update_display(self._bundle(), raw=True, display_id=self._shown)
+    if self._shown: self._leave_still()
+    else: self._unwait()
 LiveRun._end = _end
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #8c35cd29
+def _leave_still(self:LiveRun): update_display(self._bundle(), raw=True, display_id=self._shown)
+LiveRun._leave_still = _leave_still
+
+# %% ../../nbs/api/12_widgets_live_run.ipynb #7b200085
 def _press(self:LiveRun, name, _):
     getattr(self.run, name)()
     for b in (self.buttons.values() if name=='stop' else [self.buttons[name]]): b.disabled = True
@@ -494,12 +507,12 @@ def close(self:LiveRun):
     if not getattr(self, '_closed', True):
         self._closed = True
         self._unwatch()
-        for off in self._off: off()
+        for off in [*self._off, self._unwait]: off()
         for part in parts(self): part.close()
     super(LiveRun, self).close()
 LiveRun.close = close
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #d79fbdc6
+# %% ../../nbs/api/12_widgets_live_run.ipynb #e2c90dfa
 def _known(name, names):
     if name not in names: raise KeyError(f"{name!r}: expected one of {', '.join(map(repr, names))}")
     return name

@@ -7,20 +7,20 @@ __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text'
            'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'parts', 'Watcher',
            'answer_while_busy', 'still_lines', 'still_table']
 
-# %% ../../nbs/api/12_widgets_look.ipynb #aac04dfd
+# %% ../../nbs/api/12_widgets_look.ipynb #8cd83a3b
 import html, time
 import anywidget, ipywidgets as widgets, numpy as np, plotly.graph_objects as go
 from copy import deepcopy
 from plotly.basewidget import BaseFigureWidget
 from traitlets import Unicode, default
 
-# %% ../../nbs/api/12_widgets_look.ipynb #5fb7cf86
+# %% ../../nbs/api/12_widgets_look.ipynb #4f806dab
 COLOUR = dict(base='#808080', adapter='#1f83c4', heldout='#d55e00', A='#b2639a', B='#b87a00', quantised='#009373',
               gradients='#8a6fd1', optimizer='#a5713d', rest='#6f8494')
 
 DIVERGING = [[0,'rgb(5,90,160)'], [.25,'rgba(50,140,200,.75)'], [.5,'rgba(128,128,128,.06)'], [.75,'rgba(225,125,30,.75)'], [1,'rgb(190,70,0)']]
 
-# %% ../../nbs/api/12_widgets_look.ipynb #27ed3667
+# %% ../../nbs/api/12_widgets_look.ipynb #da496892
 _hidden = {c: f'\\u{c:04x}' for c in [*range(0x80,0xa0), 0x61c, 0x200b, 0x200e, 0x200f, *range(0x202a,0x202f), *range(0x2066,0x206a), 0xfeff]}
 _hidden |= {c: f'\\x{c:02x}' for c in [*range(32), 127] if chr(c) not in '\n\t'}
 
@@ -33,7 +33,7 @@ def as_text(
     more = f'\u2026 ({len(s)-limit:,} more characters)' if len(s)>limit else ''
     return html.escape(s[:limit].translate(_hidden)) + more
 
-# %% ../../nbs/api/12_widgets_look.ipynb #a7b629be
+# %% ../../nbs/api/12_widgets_look.ipynb #8a0ebf92
 def bytes_unit(
     most:float # the greatest number of bytes to show
 )->tuple:      # (divisor, unit's name)
@@ -60,7 +60,7 @@ def seconds_unit(
     "The unit for a time axis that reaches `most` seconds."
     return (1,'s') if most<180 else (60,'min') if most<3*3600 else (3600,'h')
 
-# %% ../../nbs/api/12_widgets_look.ipynb #310e3703
+# %% ../../nbs/api/12_widgets_look.ipynb #f792576f
 def thin(
     y,           # (n,) values
     keep:int=1500 # points that are left, at most
@@ -85,7 +85,7 @@ def shrink(
         M = np.where(hi>=-lo, hi, lo)
     return M
 
-# %% ../../nbs/api/12_widgets_look.ipynb #4ed8d3a1
+# %% ../../nbs/api/12_widgets_look.ipynb #e67b888b
 STYLE = '''<style>
 .lnb {color: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)); font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; overflow: hidden}
 .lnb .widget-html-content, .lnb .jupyter-widgets.widget-html-content {line-height: 1.45; color: inherit; white-space: normal}
@@ -112,7 +112,7 @@ def style_sheet()->widgets.HTML:
     "The style sheet as a widget: the first child of every widget of this package, whose box has the class `lnb`."
     return widgets.HTML(STYLE, layout=widgets.Layout(display='none'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #85455d37
+# %% ../../nbs/api/12_widgets_look.ipynb #0c71c7f8
 class Library(anywidget.AnyWidget):
     "Plotly's widget program, sent to the page once and used by every `Picture` there."
     _esm = 'export default {render() {}}'
@@ -143,7 +143,7 @@ async function program(model) {
 const orders = ["restyle", "relayout", "update", "addTraces", "deleteTraces", "moveTraces"].map(name => "_py2js_" + name);
 
 export default () => {
-  let figure, ready;
+  let figure, ready, added;
   return {
     initialize(context) {   // returns at once: anywidget waits two seconds and no longer
       const model = context.model, early = [];
@@ -152,14 +152,17 @@ export default () => {
       globalThis.loraNbPlotly ??= program(model);
       ready = globalThis.loraNbPlotly.then(plotly => {
         for (const [name, note] of record) model.off("change:" + name, note);
-        figure = plotly.default();
-        figure.initialize(context);
+        figure = {...plotly.default(), model};
+        figure.initialize({...context, model: {...model, on(name, call) { added?.push([name, call]); model.on(name, call); }}});
         for (const [name, order] of early) { model.set(name, order); model.set(name, null); }
       });
     },
     async render(context) {
       await ready;
-      return figure.render(context);
+      added = [];           // plotly's view leaves its listeners behind when it is removed, and they then fail
+      const remove = figure.render(context), mine = added;
+      added = undefined;
+      return () => { for (const [name, call] of mine) figure.model.off(name, call); remove(); };
     },
   };
 };
@@ -214,7 +217,7 @@ def grid(*panels)->widgets.GridBox:
     "Panels side by side, as many in a row as the page has room for."
     return widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, 400px), 1fr))', grid_gap='8px', width='100%'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #50fca494
+# %% ../../nbs/api/12_widgets_look.ipynb #1afa5f83
 def parts(
     widget # any widget
 )->list:   # the widgets in it, at any depth: children, layouts, styles
@@ -225,7 +228,7 @@ def parts(
             if isinstance(w, widgets.Widget): inside += [w, *parts(w)]
     return inside
 
-# %% ../../nbs/api/12_widgets_look.ipynb #e1df2eb6
+# %% ../../nbs/api/12_widgets_look.ipynb #e960d8f1
 class Watcher(anywidget.AnyWidget):
     "Tells whether a page shows the box that it is in: `seen()`."
     _esm = """
@@ -274,13 +277,13 @@ export default {
         "Is the widget in view on some page?"
         return self.last is None or time.monotonic()-self.last<within
 
-# %% ../../nbs/api/12_widgets_look.ipynb #674a59e6
+# %% ../../nbs/api/12_widgets_look.ipynb #ad8a9028
 def answer_while_busy(*controls):
     "Let the page's messages for these widgets take the second thread that JupyterLab asks for, even while a cell runs."
     for control in controls:
         if hasattr(control.comm, '_reply_subshell_for'): control.comm._reply_subshell_for = lambda data, asked: asked
 
-# %% ../../nbs/api/12_widgets_look.ipynb #714debfb
+# %% ../../nbs/api/12_widgets_look.ipynb #19ac69b0
 def still_lines(
     curves:dict,          # name → (x, y, colour)
     x='', y='',           # axis titles
