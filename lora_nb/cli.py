@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['notebooks_folder', 'copy_tutorials', 'lab', 'execute', 'verdict', 'main']
 
-# %% ../nbs/api/15_cli.ipynb #55944c94
+# %% ../nbs/api/15_cli.ipynb #a089d309
 import argparse,json,os,shutil,subprocess,sys,time
 from pathlib import Path
 
-# %% ../nbs/api/15_cli.ipynb #6c7a66a0
+# %% ../nbs/api/15_cli.ipynb #aebdaac9
 def notebooks_folder()->Path:
     "The folder that holds `tutorials` and `data`: the clone's nbs, or the copy inside the wheel. Raises FileNotFoundError."
     here = Path(__file__).resolve().parent
@@ -17,7 +17,7 @@ def notebooks_folder()->Path:
         if (p/'tutorials').is_dir(): return p
     raise FileNotFoundError(f"No tutorials beside {here}: install lora_nb again, from a wheel or a clone")
 
-# %% ../nbs/api/15_cli.ipynb #8d6e18dd
+# %% ../nbs/api/15_cli.ipynb #08ab39dc
 def copy_tutorials(
     folder   # made if it does not exist
 )->list:     # paths that were written
@@ -32,7 +32,7 @@ def copy_tutorials(
             written.append(to)
     return written
 
-# %% ../nbs/api/15_cli.ipynb #cb6eeb9f
+# %% ../nbs/api/15_cli.ipynb #eebaf481
 def lab(folder, browser=True)->int:
     "Copy the tutorials to `folder` and open JupyterLab on the first; returns JupyterLab's exit status."
     new = copy_tutorials(folder)
@@ -41,7 +41,7 @@ def lab(folder, browser=True)->int:
     cmd = [sys.executable, '-m', 'jupyterlab', 'tutorials/01_live_qlora.ipynb', *['--no-browser']*(not browser), *['--allow-root']*root]
     return subprocess.call(cmd, cwd=folder)
 
-# %% ../nbs/api/15_cli.ipynb #4bb36bdc
+# %% ../nbs/api/15_cli.ipynb #e1a03a62
 def execute(
     notebook,      # path; nothing is written to it
     setup='',      # Python to run before its cells
@@ -65,7 +65,7 @@ def execute(
             if cell in code: echo(f"[{code.index(cell)+1}/{len(code)}] {time.perf_counter()-start:6.1f} s  {cell.source.strip().splitlines()[0][:90] if cell.source.strip() else ''}")
     return json.loads(''.join(o.get('text', '') for o in fetch.outputs if o.get('name')=='stdout').strip().splitlines()[-1])
 
-# %% ../nbs/api/15_cli.ipynb #68c9d418
+# %% ../nbs/api/15_cli.ipynb #b1620b7b
 def verdict(
     result:dict # a tutorial's `result`
 )->tuple:       # (lines to print, whether the held-out score rose)
@@ -83,7 +83,7 @@ def verdict(
     except KeyError as e: return [f"The notebook's result has no {e}: the run did not end as it should"],False
     return lines,result['state']=='finished' and result['score_after']>result['score_before']
 
-# %% ../nbs/api/15_cli.ipynb #e5c31e33
+# %% ../nbs/api/15_cli.ipynb #4c515a77
 def main(argv=None)->int:
     "The `lora-nb` command."
     p = argparse.ArgumentParser(prog='lora-nb', description='LoRA and QLoRA that you can watch, in Jupyter')
@@ -96,6 +96,8 @@ def main(argv=None)->int:
     args = p.parse_args(argv)
     if args.command=='lab': return lab(args.folder, not args.no_browser)
     if not Path(args.notebook).exists(): p.error(f"no notebook {args.notebook!r}")
-    lines,ok = verdict(execute(args.notebook))
+    result = execute(args.notebook)
+    if 'adapter' in result: result['adapter'] = str(Path(args.notebook).resolve().parent/result['adapter'])
+    lines,ok = verdict(result)
     print('\n'.join(['']+lines+['', 'The held-out score rose.' if ok else 'FAILED: the held-out score did not rise.']))
     return 0 if ok else 1
