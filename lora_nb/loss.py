@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PLAIN_HEADS', 'labelled', 'causal_lm_loss', 'has_plain_head', 'model_loss']
 
-# %% ../nbs/api/08_loss.ipynb #68f618ca
+# %% ../nbs/api/08_loss.ipynb #1bffd0df
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/api/08_loss.ipynb #ebf87e52
+# %% ../nbs/api/08_loss.ipynb #df41d238
 def labelled(
     hidden:torch.Tensor, # (batch, seq, d)
     labels:torch.Tensor  # (batch, seq) int64, -100 where nothing is learned
@@ -18,22 +18,23 @@ def labelled(
     keep = labels[:, 1:]!=-100
     return hidden[:, :-1][keep],labels[:, 1:][keep]
 
-# %% ../nbs/api/08_loss.ipynb #c84ab24a
+# %% ../nbs/api/08_loss.ipynb #bf1503a7
 def _chunk_rows(vocab, device):
     "Rows whose fp32 logits fill 32 MB on a CPU (about its last cache), 256 MB on a GPU."
     return max(1, (2**28 if device.type=='cuda' else 2**25)//(4*vocab))
 
-# %% ../nbs/api/08_loss.ipynb #4b5fd406
+# %% ../nbs/api/08_loss.ipynb #f65737e2
 class _ChunkedCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets, chunk):
         want_h,want_w = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float64, device=h.device)
         gh = torch.empty_like(h) if want_h else None
-        gw = torch.zeros_like(weight, dtype=torch.float32) if want_w else None
+        wide = torch.promote_types(h.dtype, torch.float32)
+        gw = torch.zeros_like(weight, dtype=wide) if want_w else None
         for i in range(0, len(targets), chunk):
             hc,t = h[i:i+chunk],targets[i:i+chunk,None]
-            logits = (hc@weight.T).float() if h.dtype!=torch.float64 else hc@weight.T
+            logits = (hc@weight.T).to(wide)
             m = logits.amax(-1, keepdim=True)
             logits -= m
             right = logits.gather(1, t)
@@ -45,15 +46,15 @@ class _ChunkedCE(torch.autograd.Function):
             p.scatter_add_(1, t, -torch.ones_like(right))
             p = p.to(h.dtype)
             if want_h: torch.mm(p, weight, out=gh[i:i+chunk])
-            if want_w: gw += p.T.float()@hc.float()
+            if want_w: gw += p.T.to(wide)@hc.to(wide)
         ctx.save_for_backward(gh, gw.to(weight.dtype) if want_w else None)
-        return total.to(torch.float32 if h.dtype!=torch.float64 else torch.float64)
+        return total.to(wide)
     @staticmethod
     def backward(ctx, g):
         gh,gw = ctx.saved_tensors
         return (gh*g.to(gh.dtype) if gh is not None else None),(gw*g.to(gw.dtype) if gw is not None else None),None,None
 
-# %% ../nbs/api/08_loss.ipynb #6db1e108
+# %% ../nbs/api/08_loss.ipynb #a70e9093
 def causal_lm_loss(
     hidden:torch.Tensor,  # (batch, seq, d) last hidden states, in fp32, bf16 or fp16
     weight:torch.Tensor,  # (vocab, d) of the output embeddings
@@ -67,17 +68,17 @@ def causal_lm_loss(
     w = weight if weight.dtype==h.dtype else weight.to(h.dtype)
     return _ChunkedCE.apply(h, w, t, chunk or _chunk_rows(len(weight), h.device))/(n or len(t))
 
-# %% ../nbs/api/08_loss.ipynb #4a4cf4ca
+# %% ../nbs/api/08_loss.ipynb #c800e1ef
 PLAIN_HEADS = {'llama', 'mistral', 'qwen2', 'qwen3', 'smollm3', 'gemma', 'gemma3_text', 'phi3', 'olmo2', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'gpt2', 'gpt_neox'}
 
-# %% ../nbs/api/08_loss.ipynb #550238b0
+# %% ../nbs/api/08_loss.ipynb #f5441cff
 def has_plain_head(model)->bool:
     "True where the logits are just hidden states times the output embeddings."
     head,cfg = model.get_output_embeddings(),model.config
     return (cfg.model_type in PLAIN_HEADS and type(head) is torch.nn.Linear and head.bias is None
             and not getattr(cfg, 'final_logit_softcapping', None))
 
-# %% ../nbs/api/08_loss.ipynb #43424efb
+# %% ../nbs/api/08_loss.ipynb #747a29c7
 def model_loss(
     model,           # a transformers causal LM
     batch:dict,      # input_ids, labels (batch, seq), and what else the model's forward takes

@@ -162,10 +162,10 @@ def test_while_it_trains(tmp_path, monkeypatch):
         run = tiny_run(tmp_path/'run', pace=.02, epochs=5000)
         monkeypatch.setattr(rs, 'truncate', lambda *a: pytest.fail('cut while it trained'))
         async def until(true):
-            for _ in range(600):
+            for _ in range(3000):
                 if true(): return
                 await asyncio.sleep(.1)
-            raise AssertionError('a minute has passed')
+            raise AssertionError('five minutes have passed')
         seen = RankSpectrum(run.adapter, run, loss=lambda: 1., every=.1)
         try:
             assert seen.button.disabled and len(run._probes)==1
