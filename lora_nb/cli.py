@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['notebooks_folder', 'copy_tutorials', 'lab', 'execute', 'verdict', 'main']
 
-# %% ../nbs/api/15_cli.ipynb #a089d309
-import argparse,json,os,shutil,subprocess,sys,time
+# %% ../nbs/api/15_cli.ipynb #aaf42714
+import argparse,importlib.util,json,os,shutil,subprocess,sys,time
 from pathlib import Path
 
-# %% ../nbs/api/15_cli.ipynb #aebdaac9
+# %% ../nbs/api/15_cli.ipynb #55b02ab5
 def notebooks_folder()->Path:
     "The folder that holds `tutorials` and `data`: the clone's nbs, or the copy inside the wheel. Raises FileNotFoundError."
-    here = Path(__file__).resolve().parent
+    here = Path(importlib.util.find_spec('lora_nb').origin).resolve().parent
     for p in (here.parent/'nbs', here/'_nbs'):
         if (p/'tutorials').is_dir(): return p
     raise FileNotFoundError(f"No tutorials beside {here}: install lora_nb again, from a wheel or a clone")
 
-# %% ../nbs/api/15_cli.ipynb #08ab39dc
+# %% ../nbs/api/15_cli.ipynb #2bdc9af3
 def copy_tutorials(
     folder   # made if it does not exist
 )->list:     # paths that were written
@@ -32,7 +32,7 @@ def copy_tutorials(
             written.append(to)
     return written
 
-# %% ../nbs/api/15_cli.ipynb #eebaf481
+# %% ../nbs/api/15_cli.ipynb #dae506e3
 def lab(folder, browser=True)->int:
     "Copy the tutorials to `folder` and open JupyterLab on the first; returns JupyterLab's exit status."
     new = copy_tutorials(folder)
@@ -41,7 +41,7 @@ def lab(folder, browser=True)->int:
     cmd = [sys.executable, '-m', 'jupyterlab', 'tutorials/01_live_qlora.ipynb', *['--no-browser']*(not browser), *['--allow-root']*root]
     return subprocess.call(cmd, cwd=folder)
 
-# %% ../nbs/api/15_cli.ipynb #e1a03a62
+# %% ../nbs/api/15_cli.ipynb #820734b4
 def execute(
     notebook,      # path; nothing is written to it
     setup='',      # Python to run before its cells
@@ -65,7 +65,7 @@ def execute(
             if cell in code: echo(f"[{code.index(cell)+1}/{len(code)}] {time.perf_counter()-start:6.1f} s  {cell.source.strip().splitlines()[0][:90] if cell.source.strip() else ''}")
     return json.loads(''.join(o.get('text', '') for o in fetch.outputs if o.get('name')=='stdout').strip().splitlines()[-1])
 
-# %% ../nbs/api/15_cli.ipynb #b1620b7b
+# %% ../nbs/api/15_cli.ipynb #d3ccab57
 def verdict(
     result:dict # a tutorial's `result`
 )->tuple:       # (lines to print, whether the held-out score rose)
@@ -83,7 +83,7 @@ def verdict(
     except KeyError as e: return [f"The notebook's result has no {e}: the run did not end as it should"],False
     return lines,result['state']=='finished' and result['score_after']>result['score_before']
 
-# %% ../nbs/api/15_cli.ipynb #4c515a77
+# %% ../nbs/api/15_cli.ipynb #2b11ecde
 def main(argv=None)->int:
     "The `lora-nb` command."
     p = argparse.ArgumentParser(prog='lora-nb', description='LoRA and QLoRA that you can watch, in Jupyter')

@@ -49,9 +49,3 @@ def test_tutorials_are_committed_with_outputs_and_without_errors(path):
     code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
     outputs = [o for c in code for o in c.outputs]
     assert outputs and not [o for o in outputs if o.output_type == 'error']
-
-
-def test_exported_cells_are_short():
-    long = {f'{p.stem}: {c.source.splitlines()[1]}': n for p in API for c in nbformat.read(p, as_version=4).cells
-            if c.cell_type == 'code' and c.source.startswith('#| export') and (n := len(c.source.splitlines())) > 55}
-    assert not long
