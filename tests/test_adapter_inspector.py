@@ -121,7 +121,7 @@ def test_layers_are_chosen_by_block_module_and_click(pair):
     table = seen.data('overview')
     seen._clicked('left', None, SimpleNamespace(point_inds=[(list(table.index).index('mlp.up_proj'), 1)]), None)
     assert seen.layer=='model.layers.1.mlp.up_proj' and seen.controls['module'].value=='mlp.up_proj'
-    assert seen.figure('overview').data[1].y[0]=='up_proj' and seen.figure('overview').data[1].x[0]=='1'
+    assert seen.figure('overview').data[1].y[0]=='up_proj' and seen.figure('overview').data[1].x[0]==1
     seen.controls['norm'].value = 'B'
     assert np.array_equal(seen.figure('overview').data[0].z, norm_grid(norm_frame(pair[0]), 'B'))
 
@@ -139,10 +139,10 @@ def test_steps_of_a_run(tmp_path):
     names = list(seen.sources)
     assert names==['step 5', 'step 10', 'step 15', 'step 20', 'step 20, now'] and seen.shown==dict(left='step 20, now', right=None)
     seen.controls['right'].value = 'step 5'
-    assert not np.array_equal(seen.data('A'), seen.data('A', 'right'))
+    assert not np.array_equal(seen.data('A'), seen.data('A', 'right')) and seen.data('overview').index.equals(seen.data('overview', 'right').index)
     seen.controls['left'].value = 'step 5'
     assert np.array_equal(seen.data('A'), seen.data('A', 'right')) and seen._panels['right'].layout.display is None
-    seen.controls['right'].value = None
+    seen.controls['right'].value = ''
     assert seen._panels['right'].layout.display=='none'
     assert list(AdapterInspector(run.out).sources)==names[:-1]
     live = SimpleNamespace(events=[], out=tmp_path/'none', state='running', step=3, adapter=run.adapter)

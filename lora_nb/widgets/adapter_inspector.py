@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'MATRICES', 'folder_scaling', 'Factors', 'norm_frame', 'norm
            'colour_limit', 'colour_limits', 'adapter_sources', 'overview_picture', 'fill_overview', 'matrix_picture',
            'fill_matrix', 'still_grid', 'AdapterInspector']
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f085ab98
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #01a42495
 import difflib, json, math, threading
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..adapter import Adapter, block_index
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, shrink, still_table, style_sheet)
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #a1bdcdfe
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #ea610d61
 def folder_scaling(
     cfg:dict, # PEFT's adapter_config.json
     path:str, # of the layer
@@ -59,7 +59,7 @@ def _known(name, names):
         raise KeyError(f"{name!r} is not there. Nearest: {', '.join(map(repr, near))}.")
     return name
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #32dfa30a
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #2c44bdb3
 @torch.no_grad()
 def norm_frame(
     factors # `Factors`, or what it is made from
@@ -85,7 +85,7 @@ def norm_grid(
     modules,blocks = list(dict.fromkeys(f.module)),sorted(set(f.block), key=lambda b: (b=='', b))
     return f.pivot_table(index='module', columns='block', values=_known(what, NORMS), sort=False, dropna=False).reindex(index=modules, columns=blocks)
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #baa489e5
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #09af21c8
 MATRICES = 'A','Bᵀ','ΔW'
 
 def matrix_shape(factors:tuple, name:str)->tuple:
@@ -125,7 +125,7 @@ def matrix_map(
         z = np.concatenate(pieces)
     return pd.DataFrame(z, index=starts(a, b), columns=starts(c, d))
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #b362b742
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f67c5741
 def colour_limit(
     *maps # of `matrix_map` or `norm_grid`
 )->float: # greatest finite magnitude; 1 where all are zero
@@ -143,7 +143,7 @@ def colour_limits(
     group = dict(matrix=lambda k: k[1], all=lambda k: 0, own=lambda k: k)[_known(how, _COLOURS.values())]
     return {k: colour_limit(*(m for other,m in maps.items() if group(other)==group(k))) for k in maps}
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #c5d82c19
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #2933d3b8
 def adapter_sources(
     source # an `Adapter`, a folder of PEFT's files, a folder of checkpoints, or a `Run`
 )->dict:   # name → `Adapter` or folder
@@ -163,7 +163,7 @@ def _checkpoints(folder):
     steps = sorted((int(p.name.split('-')[1]), p) for p in Path(folder).glob('checkpoint-*') if p.name.split('-')[1].isdigit())
     return {f'step {n}': p for n,p in steps}
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #718daf02
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #81ec13d2
 _RISING = [[0,'rgba(128,128,128,.08)'], [1,COLOUR['adapter']]]
 _AXES = {'A':('input feature', 'A: rank'), 'Bᵀ':('output feature', 'Bᵀ: rank'), 'ΔW':('input feature', 'output feature')}
 
@@ -173,19 +173,27 @@ def overview_picture():
     fig = picture([go.Heatmap(z=[[0]], colorscale=_RISING, zmin=0, colorbar=_bar(), xgap=1, ygap=1, hovertemplate='block %{x}, %{y}: %{z:.3g}<extra></extra>'),
                    go.Scatter(x=[], y=[], mode='markers', marker=dict(symbol='square-open', size=13, color=COLOUR['heldout'], line_width=2), hoverinfo='skip')], 'block', '', height=230, hovermode='closest')
     fig.layout.yaxis.update(autorange='reversed', showgrid=False, type='category', tickfont_size=10)
-    fig.layout.xaxis.update(showgrid=False, type='category', tickfont_size=10)
+    fig.layout.xaxis.update(showgrid=False, zeroline=False, tickfont_size=10)
     return fig
 
 def fill_overview(fig, table:pd.DataFrame, limit:float, at=None)->str:
     "Put a `norm_grid` into `fig`, with a mark at (module, block); returns the greatest in words."
     short = _short(table.index)
-    fig.data[0].update(z=table.to_numpy(float), x=list(map(str, table.columns)), y=short, zmax=limit)
+    at_x = _places(table.columns)
+    fig.data[0].update(z=table.to_numpy(float), x=at_x, y=short, zmax=limit)
+    every = -(-len(at_x)//12)
+    fig.layout.xaxis.update(tickvals=at_x[::every], ticktext=[str(b) if b!='' else '–' for b in table.columns[::every]])
     inside = at is not None and at[0] in table.index and at[1] in table.columns
-    fig.data[1].x,fig.data[1].y = ([str(at[1])],[short[list(table.index).index(at[0])]]) if inside else ([],[])
+    fig.data[1].x,fig.data[1].y = ([at_x[list(table.columns).index(at[1])]],[short[list(table.index).index(at[0])]]) if inside else ([],[])
     z = table.to_numpy(float)
     if not np.isfinite(z).any(): return 'not finite'
     i,j = np.unravel_index(np.nanargmax(np.where(np.isfinite(z), z, -1)), z.shape)
     return f'most: {z[i,j]:.3g} at {short[i]}' + (f', block {table.columns[j]}' if table.columns[j]!='' else '')
+
+def _places(blocks):
+    "Blocks at their numbers; what lies outside of blocks comes after them."
+    last = max((b for b in blocks if b!=''), default=-1)
+    return [last+1 if b=='' else b for b in blocks]
 
 def _short(modules):
     "The last part of each name, where that tells them apart."
@@ -203,7 +211,7 @@ def fill_matrix(fig, table:pd.DataFrame, limit:float):
     "Put a `matrix_map` into `fig`."
     fig.data[0].update(z=table.to_numpy(), x=table.columns.to_numpy(), y=table.index.to_numpy(), zmin=-limit, zmax=limit)
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #2290bc23
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #3bf22eaf
 def still_grid(
     table:pd.DataFrame, # from `norm_grid`
     limit:float         # darkest colour
@@ -220,7 +228,7 @@ def still_grid(
     out += [f'<text x="{left+size*j+6}" y="{size*len(table)+12}" text-anchor="middle" fill="#808080">{as_text(table.columns[j])}</text>' for j in ticks]
     return ''.join(out)+f'<text x="{left}" y="{height-4}" fill="#808080">block</text></svg>'
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #d109ace4
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f686c27e
 class AdapterInspector(widgets.VBox):
     "Norms of all layers, and A, B and ΔW of one, of an adapter or of two side by side."
     def __init__(self,
@@ -236,7 +244,7 @@ class AdapterInspector(widgets.VBox):
         self.shown = dict(left=names[len(mine)-1], right=right)
         norms = self.norms('left')
         self.layer = _known(layer, norms.index) if layer is not None else norms['ΔW'].fillna(0).idxmax()
-        self._windows = {}
+        self._windows,self._axes = {},{}
         self._build()
         super().__init__([style_sheet(), self.watcher, self._top, self._trouble, self._columns])
         self.add_class('lnb')
@@ -244,7 +252,7 @@ class AdapterInspector(widgets.VBox):
         for w in self.controls.values(): w.observe(self._changed, 'value')
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #89362916
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #1c633d42
 def _read(self:AdapterInspector, side):
     name = self.shown[side]
     if name not in self._factors: self._factors[name] = Factors(self.sources[name])
@@ -267,7 +275,7 @@ def place(self:AdapterInspector)->tuple:
     return row.module,'' if pd.isna(row.block) else int(row.block)
 AdapterInspector.place = place
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #bd863207
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #9cff2680
 def _all(self:AdapterInspector)->pd.DataFrame:
     "Layers of both sides, each once."
     f = pd.concat([self.norms(s) for s in self.sides()])
@@ -281,7 +289,7 @@ def _build(self:AdapterInspector):
     module,block = self.place()
     names = list(self.sources)
     self.controls = dict(left=drop(names, self.shown['left'], 'Show', 'What the left side shows', '260px'),
-                         right=drop([('nothing', None), *((n,n) for n in names)], self.shown['right'], 'Beside it', 'What the right side shows', '260px'),
+                         right=drop([('nothing', ''), *((n,n) for n in names)], self.shown['right'] or '', 'Beside it', 'What the right side shows', '260px'),
                          block=drop(blocks, block, 'Block', 'The block of the layer whose matrices are shown', '170px'), module=drop(modules, module, 'Module', 'The layer within its block', '290px'),
                          norm=drop([(f'‖{n}‖', n) for n in NORMS], 'ΔW', 'Overview', 'The norm (Frobenius) that the overview shows', '170px'),
                          colours=drop(_COLOURS, 'matrix', 'Colours', 'Which pictures share a colour scale', '290px'))
@@ -293,7 +301,7 @@ def _build(self:AdapterInspector):
         pictures = [w for n,fig in self.figures[side].items() for w in (self._heads[side][n], fig)]
         self._panels[side] = panel(self._heads[side]['side'], *pictures)
         self.figures[side]['overview'].data[0].on_click(partial(self._clicked, side))
-        for n in MATRICES: self.figures[side][n].layout.on_change(partial(self._zoomed, side, n), 'xaxis.range', 'yaxis.range')
+        for n in MATRICES: self.figures[side][n].layout.on_change(partial(self._zoomed, side, n), *(f'{a}axis.{what}' for a in 'xy' for what in ('range','autorange')))
     self._columns = grid(*self._panels.values())
 AdapterInspector._build = _build
 
@@ -305,7 +313,7 @@ def _choices(self:AdapterInspector):
     return [('outside of blocks' if b=='' else str(b), b) for b in blocks],[(m,m) for m in dict.fromkeys(here.module)]
 AdapterInspector._choices = _choices
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #80d4542c
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #272c3518
 def _window(self:AdapterInspector, name):
     "Rows and columns to which that matrix is zoomed; the same on both sides."
     return self._windows.get(name, (None, None))
@@ -323,9 +331,16 @@ def maps(self:AdapterInspector)->dict:
     return found
 AdapterInspector.maps = maps
 
+def overview(self:AdapterInspector, side:str='left')->pd.DataFrame:
+    "That side's `norm_grid`; both sides have the same rows and columns."
+    what = self.controls['norm'].value
+    whole = norm_grid(self._all(), what)
+    return norm_grid(self.norms(side), what).reindex(index=whole.index, columns=whole.columns)
+AdapterInspector.overview = overview
+
 def _draw_overview(self:AdapterInspector):
     what = self.controls['norm'].value
-    tables = {s:norm_grid(self.norms(s), what) for s in self.sides()}
+    tables = {s:self.overview(s) for s in self.sides()}
     limit = colour_limit(*tables.values())
     for side,table in tables.items():
         fig = self.figures[side]['overview']
@@ -362,12 +377,12 @@ def refresh(self:AdapterInspector)->AdapterInspector:
     return self
 AdapterInspector.refresh = refresh
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f0bb0956
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f107f859
 def _changed(self:AdapterInspector, change):
     if self._quiet or self._closed: return
     c = self.controls
     try:
-        shown = dict(left=c['left'].value, right=c['right'].value)
+        shown = dict(left=c['left'].value, right=c['right'].value or None)
         if shown!=self.shown:
             was,self.shown = self.shown,shown
             try: found = self._all()
@@ -408,7 +423,7 @@ AdapterInspector.select = select
 def _clicked(self:AdapterInspector, side, trace, points, state):
     if self._closed or not points.point_inds: return
     i,j = points.point_inds[0]
-    table = norm_grid(self.norms(side), self.controls['norm'].value)
+    table = self.overview(side)
     if np.isfinite(table.iloc[i, j]): self.select(self._nearest(table.index[i], table.columns[j]))
 AdapterInspector._clicked = _clicked
 
@@ -420,8 +435,9 @@ def zoom(self:AdapterInspector, name:str, rows=None, columns=None)->AdapterInspe
         for side in self.sides():
             layout = self.figures[side][name].layout
             with self.figures[side][name].batch_update():
-                layout.xaxis.update(dict(autorange=True) if columns is None else dict(autorange=False, range=[min(columns)-.5, max(columns)+.5]))
-                layout.yaxis.update(dict(autorange='reversed') if rows is None else dict(autorange=False, range=[max(rows)+.5, min(rows)-.5]))
+                layout.xaxis.update(dict(autorange=True, range=None) if columns is None else dict(autorange=False, range=[min(columns)-.5, max(columns)+.5]))
+                layout.yaxis.update(dict(autorange='reversed', range=None) if rows is None else dict(autorange=False, range=[max(rows)+.5, min(rows)-.5]))
+            self._axes[side,name] = _axes(layout)
         self._draw_matrices()
     finally: self._quiet = False
     return self
@@ -432,21 +448,28 @@ def _unzoom(self:AdapterInspector):
         if self._windows.pop(n)!=(None, None): self.zoom(n)
 AdapterInspector._unzoom = _unzoom
 
-def _zoomed(self:AdapterInspector, side, name, layout, xs, ys):
+def _axes(layout): return [(axis.range, axis.autorange) for axis in (layout.yaxis, layout.xaxis)]
+
+def _zoomed(self:AdapterInspector, side, name, layout, *changed):
+    "A mouse sends new ranges and leaves `autorange` as it was; a double click sends `autorange` alone."
     if self._quiet or self._closed: return
-    whole = lambda axis: axis.autorange not in (None, False)
-    window = tuple(None if whole(axis) or span is None else (math.ceil(min(span)), math.floor(max(span))) for axis,span in ((layout.yaxis, ys), (layout.xaxis, xs)))
-    if window!=self._window(name): self.zoom(name, *window)
+    before,now = self._axes.get((side,name), [(None,'reversed'),(None,None)]),_axes(layout)
+    self._axes[side,name] = now
+    window = list(self._window(name))
+    for i,((old_span,old_auto),(span,auto)) in enumerate(zip(before, now)):
+        if auto!=old_auto and auto in (True,'reversed'): window[i] = None
+        elif span!=old_span and span is not None: window[i] = math.ceil(min(span)),math.floor(max(span))
+    if tuple(window)!=self._window(name): self.zoom(name, *window)
 AdapterInspector._zoomed = _zoomed
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #a03c757e
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #dc26bcb1
 def data(self:AdapterInspector, name:str, side:str='left')->pd.DataFrame:
     "The numbers behind a picture: 'norms' (all layers), 'overview', 'A', 'Bᵀ' or 'ΔW'."
     _known(name, ('norms','overview',*MATRICES)); _known(side, self.sides())
     if name in MATRICES:
         rows,columns = self._window(name)
         return matrix_map(self._read(side)(self.layer), name, rows, columns)
-    return self.norms(side) if name=='norms' else norm_grid(self.norms(side), self.controls['norm'].value)
+    return self.norms(side) if name=='norms' else self.overview(side)
 AdapterInspector.data = data
 
 def figure(self:AdapterInspector, name:str, side:str='left')->go.Figure:
@@ -457,7 +480,7 @@ AdapterInspector.figure = figure
 def still_inspector(inspector)->str:
     "Overviews and the chosen layer's norms as plain HTML: what a saved notebook shows where widgets do not run."
     what = inspector.controls['norm'].value
-    tables = {s:norm_grid(inspector.norms(s), what) for s in inspector.sides()}
+    tables = {s:inspector.overview(s) for s in inspector.sides()}
     limit = colour_limit(*tables.values())
     out,rows = [],[]
     for side,table in tables.items():

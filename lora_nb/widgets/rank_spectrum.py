@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['spectra_event', 'watch_spectra', 'folder_spectra', 'spectra_history', 'spectrum_bands', 'effective_ranks',
-           'rank_table', 'ranks_to_try', 'truncated', 'samples_loss', 'loss_after_cut', 'bands_picture', 'fill_bands',
-           'ranks_picture', 'fill_ranks', 'cut_picture', 'fill_cut', 'cut_words', 'table_html', 'RankSpectrum']
+           'rank_table', 'ranks_to_try', 'truncated', 'samples_loss', 'loss_after_cut', 'whole_ticks', 'bands_picture',
+           'fill_bands', 'ranks_picture', 'fill_ranks', 'cut_picture', 'fill_cut', 'cut_words', 'table_html',
+           'RankSpectrum']
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #7089a0ab
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #2b2838eb
 import asyncio, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from IPython.display import display
+from torch.nn.utils.rnn import pad_sequence
 from ..adapter import truncate
 from ..data import collate
 from ..loss import model_loss
@@ -21,7 +23,7 @@ from ..spectra import effective_rank, singular_values, spectra_by_layer
 from .adapter_inspector import Factors, _known
 from .look import COLOUR, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, still_lines, still_table, style_sheet
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #17e7d7a4
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #58d15a59
 def spectra_event(
     adapter # an `Adapter`
 )->dict:    # an event of kind 'spectra'; s: layer → singular values of ΔW, five digits
@@ -30,12 +32,19 @@ def spectra_event(
 
 def watch_spectra(
     run,             # a `Run` that trains
-    every:float=5.   # seconds between looks, at least
+    every:float=5.   # seconds between looks at first; later a thirtieth of the time that it has watched
 )->callable:         # call it to end the looking
-    "Have the run's worker publish all layers' spectra between two steps."
-    return run.probe(lambda run: spectra_event(run.adapter), every)
+    "Have the run's worker publish all layers' spectra between two steps, ever more rarely, so that a long run's file stays small."
+    start,last = time.monotonic(),-1e9
+    def look(run):
+        nonlocal last
+        now = time.monotonic()-start
+        if now-last < now/30: return None
+        last = now
+        return spectra_event(run.adapter)
+    return run.probe(look, every)
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #dd51f11d
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #6eaa5aa2
 def folder_spectra(
     folder # with PEFT's two files
 )->dict:   # layer → (k,) singular values of ΔW
@@ -58,7 +67,7 @@ def spectra_history(
     if now is not None: put(step, spectra_by_layer(now))
     return dict(sorted(found.items()))
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #46ca187e
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #1f065f27
 def spectrum_bands(
     spectra:dict,        # layer → (k,) singular values
     layer:str|None=None  # one layer, in σ; None: all, each divided by its largest
@@ -81,11 +90,11 @@ def effective_ranks(
     rows = {}
     for step,spectra in history.items():
         if layer is None and len(spectra)<every or layer is not None and layer not in spectra: continue
-        ranks = [float(effective_rank(s)) for p,s in spectra.items() if layer is None or p==layer]
-        rows[step] = dict(zip(('low','value','high'), np.quantile(ranks, [.1,.5,.9])))
+        s = pad_sequence(list(spectra.values()) if layer is None else [spectra[layer]], batch_first=True)   # zeros do not count
+        rows[step] = dict(zip(('low','value','high'), np.quantile(effective_rank(s).numpy(), [.1,.5,.9])))
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value','low','high']).rename_axis('step')
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #eda0111c
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #a43c0fec
 def rank_table(
     spectra:dict,        # layer → (k,) singular values
     shapes:dict,         # layer → (out, in)
@@ -109,7 +118,7 @@ def ranks_to_try(
     "Ranks that are worth a measurement."
     return [2**i for i in range(max(0, (r-1).bit_length()))]+[r]
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #c968d6b8
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #18f27bf4
 @contextmanager
 def truncated(
     adapter,                 # an `Adapter` that nobody trains just now
@@ -126,7 +135,7 @@ def truncated(
             l.A[n],l.B[n],l.alpha[n] = A,B,alpha
             if A0 is not None: l.A0._buffers[n],l.B0._buffers[n] = A0,B0
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8403f871
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #651d37fe
 @torch.no_grad()
 def samples_loss(
     model,           # a transformers causal LM
@@ -156,7 +165,7 @@ def loss_after_cut(
     if rank>=max(len(l.factors(adapter.name)[0]) for l in adapter.layers.values()): return float(measure())
     with truncated(adapter, rank): return float(measure())
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #e2b6e458
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0f843dc8
 _ORANGE,_BLUE = COLOUR['heldout'],COLOUR['adapter']
 
 def _band(x=(), y=(), axis='y'):
@@ -164,18 +173,23 @@ def _band(x=(), y=(), axis='y'):
     return [line(name='90 %', line=dict(width=0), hoverinfo='skip'), line(name='10 %', line=dict(width=0), fill='tonexty', fillcolor='rgba(31,131,196,.22)', hoverinfo='skip'),
             line(name='median', line=dict(color=_BLUE, width=2))]
 
+def whole_ticks(r:int)->dict:
+    "Axis settings for ranks 1…r: whole numbers, ten at most."
+    return dict(tick0=1, dtick=1) if r<=10 else dict(tick0=0, dtick=next(d for d in (2,4,8,16,32,64,128,256,512,1024,2**40) if r/d<=10))
+
 def bands_picture():
-    return picture([*_band(), go.Bar(name='σ', x=[], y=[], marker_color=_BLUE)], 'singular value, by size', 'σ of ΔW', height=250, bargap=.2)
+    return picture([*_band(), go.Bar(name='σ', x=[], y=[], marker_color=_BLUE)], 'singular value, by size', 'σ of ΔW', height=270, bargap=.2)
 
 def fill_bands(fig, bands:pd.DataFrame, one:bool)->str:
     "Put `spectrum_bands` into `fig`, as bars for one layer and as a band for all; returns the effective rank of what is drawn in words."
     for trace,col in zip(fig.data[:3], ('high','low','value')): trace.x,trace.y = ([],[]) if one else (bands.index.to_numpy(),bands[col].to_numpy())
     fig.data[3].x,fig.data[3].y = (bands.index.to_numpy(),bands.value.to_numpy()) if one else ([],[])
     fig.layout.yaxis.title.text = 'σ of ΔW' if one else 'σ / largest σ of its layer'
+    fig.layout.xaxis.update(whole_ticks(len(bands)))
     return f'{(bands.value>.1*bands.value.max()).sum() if bands.value.any() else 0} of {len(bands)} above a tenth of the largest'
 
 def ranks_picture():
-    fig = picture([*_band(), go.Scatter(name='shown', x=[], y=[], mode='markers', marker=dict(color=_ORANGE, size=9))], 'step', 'effective rank', height=250)
+    fig = picture([*_band(), go.Scatter(name='shown', x=[], y=[], mode='markers', marker=dict(color=_ORANGE, size=9))], 'step', 'effective rank', height=270)
     fig.layout.yaxis.rangemode = 'tozero'
     return fig
 
@@ -202,6 +216,7 @@ def fill_cut(fig, table:pd.DataFrame, losses:dict, rank:int)->str:
     known = sorted(losses)
     fig.data[1].x,fig.data[1].y = np.array(known, float),np.array([losses[k] for k in known], float)
     fig.data[2].x,fig.data[2].y = [rank,rank],[0,table.error.max() or 1]
+    fig.layout.xaxis.update(whole_ticks(len(table)))
     return cut_words(table, losses, rank)
 
 def cut_words(table:pd.DataFrame, losses:dict, rank:int)->str:
@@ -214,7 +229,7 @@ def table_html(table:pd.DataFrame, losses:dict)->str:
     "`rank_table` at powers of two, with losses where they were measured, in plain HTML."
     return still_table([{'rank':k, 'parameters':f'{table.parameters[k]:,}', 'error left':f'{table.error[k]:.2%}', 'energy kept':f'{table.energy[k]:.2%}', 'loss':f'{losses[k]:.4f}' if k in losses else '–'} for k in ranks_to_try(len(table))])
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0b11f15e
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #99e23be5
 _LIVE = 'running','paused'
 _ALL = 'all layers'
 
@@ -232,7 +247,7 @@ class RankSpectrum(widgets.VBox):
         self.layers,self.shapes = list(adapter.layers),{p:(l.out_features, l.in_features) for p,l in adapter.layers.items()}
         self.layer = None if layer is None else _known(layer, self.layers)
         self.losses,self.history,self._closed,self._quiet,self._lock = {},{},False,False,threading.RLock()
-        self._due,self._next,self._off,self._read = False,0.,[],0
+        self._due,self._next,self._off,self._read,self._ranks = False,0.,[],0,(None, None)
         try: self._loop = asyncio.get_running_loop()
         except RuntimeError: self._loop = None
         self._gather()
@@ -244,7 +259,7 @@ class RankSpectrum(widgets.VBox):
         if self.live(): self._off = [run.subscribe(self._wake), run.while_waiting(self._waiting), watch_spectra(run, every)]
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #7007e8ae
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0b3cfb1d
 def live(self:RankSpectrum)->bool:
     "Is a run training the adapter now?"
     return self.run is not None and self.run.state in _LIVE
@@ -256,12 +271,19 @@ def _gather(self:RankSpectrum):
     self._read += len(events)
     for at,spectra in spectra_history(events, None if self.live() else self.adapter, step).items(): self.history.setdefault(at, {}).update(spectra)
     if not self.history: self.history[step] = {p:torch.zeros(min(len(l.A[self.adapter.name]), *self.shapes[p])) for p,l in self.adapter.layers.items()}
-    self.history = dict(sorted(self.history.items()))
+    self.history,self._ranks = dict(sorted(self.history.items())),(None, None)
 RankSpectrum._gather = _gather
+
+def ranks(self:RankSpectrum)->pd.DataFrame:
+    "`effective_ranks` of what is chosen, taken once."
+    key = self.layer,self._read,len(self.history)
+    if self._ranks[0]!=key: self._ranks = key,effective_ranks(self.history, self.layer)
+    return self._ranks[1]
+RankSpectrum.ranks = ranks
 
 def steps(self:RankSpectrum)->list:
     "The steps at which what is chosen is known."
-    return list(effective_ranks(self.history, self.layer).index)
+    return list(self.ranks().index)
 RankSpectrum.steps = steps
 
 def step(self:RankSpectrum)->int:
@@ -274,14 +296,14 @@ def table(self:RankSpectrum)->pd.DataFrame:
     return rank_table(self.history[self.step()], self.shapes, self.layer)
 RankSpectrum.table = table
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #261bff1c
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #cd7507e9
 def _build(self:RankSpectrum):
     self.watcher,self._trouble,self._rows = Watcher(),widgets.HTML(),widgets.HTML()
     self.figures = dict(spectrum=bands_picture(), ranks=ranks_picture(), cut=cut_picture())
     self._titles = dict(spectrum='Singular values', ranks='Effective rank', cut='What a cut would do')
     self._heads = {n:widgets.HTML(heading(t)) for n,t in self._titles.items()}
     wide,last = widgets.Layout(width='100%'),len(self.steps())-1
-    self.choose = widgets.Dropdown(options=[(_ALL, None), *((p,p) for p in self.layers)], value=self.layer, description='Layer', tooltip='One layer, or all', layout=wide)
+    self.choose = widgets.Dropdown(options=[(_ALL, ''), *((p,p) for p in self.layers)], value=self.layer or '', description='Layer', tooltip='One layer, or all', layout=wide)
     self.when = widgets.IntSlider(last, 0, last, description='Step', readout=False, tooltip='Look back at an earlier step; the right end is the newest', layout=wide)
     r = len(self.table())
     self.keep = widgets.IntSlider(max(1, r//4), 1, r, description='Rank kept', tooltip='The rank to think of', layout=wide)
@@ -290,6 +312,7 @@ def _build(self:RankSpectrum):
     self._top = panel(self.choose, self.when)
     self._grid = grid(panel(self._heads['spectrum'], self.figures['spectrum']), panel(self._heads['ranks'], self.figures['ranks']),
                       panel(self._heads['cut'], self.keep, self.figures['cut']), panel(widgets.HTML(heading('Ranks')), self.button, self._rows))
+    self._grid.layout.grid_template_columns = 'repeat(auto-fit, minmax(min(100%, 480px), 1fr))'
 RankSpectrum._build = _build
 
 def _legend(self:RankSpectrum, name)->dict:
@@ -303,11 +326,11 @@ def refresh(self:RankSpectrum)->RankSpectrum:
         start = time.monotonic()
         self._slide()
         step,table = self.step(),self.table()
-        said = dict(spectrum=(fill_bands, spectrum_bands(self.history[step], self.layer), self.layer is not None), ranks=(fill_ranks, effective_ranks(self.history, self.layer), step),
+        said = dict(spectrum=(fill_bands, spectrum_bands(self.history[step], self.layer), self.layer is not None), ranks=(fill_ranks, self.ranks(), step),
                     cut=(fill_cut, table, self.losses, self.keep.value))
         for name,(fill,*args) in said.items():
             with self.figures[name].batch_update(): words = fill(self.figures[name], *args)
-            self._heads[name].value = heading(self._titles[name], words, self._legend(name))
+            self._heads[name].value = heading(self._titles[name], f'step {step} · {words}' if name=='spectrum' else words, self._legend(name))
         self._rows.value = table_html(table, self.losses)
         self._say_button()
         now = time.monotonic()
@@ -335,11 +358,12 @@ def _say_button(self:RankSpectrum):
     self.button.disabled,self.button.tooltip = self.live() or self.loss is None,why
 RankSpectrum._say_button = _say_button
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #4e88cc83
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #ddab32d0
 def _wake(self:RankSpectrum, event):
-    if event['kind'] not in ('spectra','spectrum','checkpoint','state') or self._due or self._closed or self._loop is None: return
+    over = not self.live()
+    if event['kind'] not in ('spectra','spectrum','checkpoint','state') or self._due and not over or self._closed or self._loop is None: return
     self._due = True
-    try: self._loop.call_soon_threadsafe(self._soon)
+    try: self._loop.call_soon_threadsafe(self._tick if over else self._soon)
     except RuntimeError: self._loop = None
 RankSpectrum._wake = _wake
 
@@ -368,13 +392,13 @@ def _changed(self:RankSpectrum, change):
     if self._quiet or self._closed: return
     with self._lock:
         if change['owner'] is self.choose:
-            self.layer,self._quiet = self.choose.value,True
+            self.layer,self._quiet = self.choose.value or None,True
             try: self.when.max = max(len(self.steps())-1, 0); self.when.value = self.when.max
             finally: self._quiet = False
         self.refresh()
 RankSpectrum._changed = _changed
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #78515d17
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #974c02f3
 def measure(self:RankSpectrum, ranks=None)->dict:
     "The loss after cutting all layers to each of `ranks` (the table's, where None is given); kept, so that each is measured once."
     if self.live(): raise RuntimeError('The run trains this adapter now: wait until it has ended (run.wait() or run.stop()), then measure.')
@@ -397,12 +421,12 @@ def _press(self:RankSpectrum, _=None):
         self._say_button()
 RankSpectrum._press = _press
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #b908bb9b
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #107b22da
 def data(self:RankSpectrum, name:str)->pd.DataFrame:
     "The numbers behind a picture: 'spectrum', 'ranks' (over the steps) or 'cut' (with the losses that were measured)."
     _known(name, self.figures)
     if name=='spectrum': return spectrum_bands(self.history[self.step()], self.layer)
-    if name=='ranks': return effective_ranks(self.history, self.layer)
+    if name=='ranks': return self.ranks()
     return self.table().assign(loss=pd.Series(self.losses, dtype=float))
 RankSpectrum.data = data
 
