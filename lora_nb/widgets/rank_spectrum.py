@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['spectra_event', 'watch_spectra', 'folder_spectra', 'spectra_history', 'spectrum_bands', 'effective_ranks',
-           'rank_table', 'ranks_to_try', 'truncated', 'samples_loss', 'loss_after_cut', 'whole_ticks', 'bands_picture',
-           'fill_bands', 'ranks_picture', 'fill_ranks', 'cut_picture', 'fill_cut', 'cut_words', 'table_html',
-           'RankSpectrum']
+           'rank_table', 'ranks_to_try', 'truncated', 'samples_loss', 'acting', 'loss_after_cut', 'whole_ticks',
+           'bands_picture', 'fill_bands', 'ranks_picture', 'fill_ranks', 'cut_picture', 'fill_cut', 'cut_words',
+           'table_html', 'RankSpectrum']
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #2b2838eb
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #b2955d27
 import asyncio, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from IPython.display import display
 from torch.nn.utils.rnn import pad_sequence
-from ..adapter import truncate
+from ..adapter import activate, truncate
 from ..data import collate
 from ..loss import model_loss
 from ..spectra import effective_rank, singular_values, spectra_by_layer
 from .adapter_inspector import Factors, _known
 from .look import COLOUR, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, still_lines, still_table, style_sheet
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #58d15a59
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8757ed5f
 def spectra_event(
     adapter # an `Adapter`
 )->dict:    # an event of kind 'spectra'; s: layer → singular values of ΔW, five digits
@@ -44,7 +44,7 @@ def watch_spectra(
         return spectra_event(run.adapter)
     return run.probe(look, every)
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #6eaa5aa2
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #c8ac076b
 def folder_spectra(
     folder # with PEFT's two files
 )->dict:   # layer → (k,) singular values of ΔW
@@ -67,7 +67,7 @@ def spectra_history(
     if now is not None: put(step, spectra_by_layer(now))
     return dict(sorted(found.items()))
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #1f065f27
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #10726fcc
 def spectrum_bands(
     spectra:dict,        # layer → (k,) singular values
     layer:str|None=None  # one layer, in σ; None: all, each divided by its largest
@@ -94,7 +94,7 @@ def effective_ranks(
         rows[step] = dict(zip(('low','value','high'), np.quantile(effective_rank(s).numpy(), [.1,.5,.9])))
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value','low','high']).rename_axis('step')
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #a43c0fec
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #7a06328b
 def rank_table(
     spectra:dict,        # layer → (k,) singular values
     shapes:dict,         # layer → (out, in)
@@ -118,7 +118,7 @@ def ranks_to_try(
     "Ranks that are worth a measurement."
     return [2**i for i in range(max(0, (r-1).bit_length()))]+[r]
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #18f27bf4
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8e8c69da
 @contextmanager
 def truncated(
     adapter,                 # an `Adapter` that nobody trains just now
@@ -135,7 +135,7 @@ def truncated(
             l.A[n],l.B[n],l.alpha[n] = A,B,alpha
             if A0 is not None: l.A0._buffers[n],l.B0._buffers[n] = A0,B0
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #651d37fe
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #c95c668d
 @torch.no_grad()
 def samples_loss(
     model,           # a transformers causal LM
@@ -155,17 +155,29 @@ def samples_loss(
     finally:
         for m,mode in modes: m.training = mode
 
+@contextmanager
+def acting(
+    adapter # an `Adapter`
+):
+    "Within this context the adapter takes part: along with the others where it is active already, otherwise alone."
+    was = [(m, m.active) for m in adapter.model.modules() if isinstance(getattr(m, 'active', None), list)]
+    if not any(adapter.name in l.active for l in adapter.layers.values()): activate(adapter.model, adapter.name)
+    try: yield
+    finally:
+        for m,active in was: m.active = active
+
 def loss_after_cut(
     adapter,
     rank:int,  # of each layer; the adapter's own rank or more: as it is
     loss       # a function without arguments, or samples for `samples_loss`
 )->float:      # the loss of the model with the adapter cut to `rank`
-    "Cut, measure, put back."
+    "Cut, measure, put back. An adapter that is not active is so for the time of the measurement."
     measure = loss if callable(loss) else lambda: samples_loss(adapter.model, loss)
-    if rank>=max(len(l.factors(adapter.name)[0]) for l in adapter.layers.values()): return float(measure())
-    with truncated(adapter, rank): return float(measure())
+    with acting(adapter):
+        if rank>=max(len(l.factors(adapter.name)[0]) for l in adapter.layers.values()): return float(measure())
+        with truncated(adapter, rank): return float(measure())
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0f843dc8
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0b8f0384
 _ORANGE,_BLUE = COLOUR['heldout'],COLOUR['adapter']
 
 def _band(x=(), y=(), axis='y'):
@@ -229,7 +241,7 @@ def table_html(table:pd.DataFrame, losses:dict)->str:
     "`rank_table` at powers of two, with losses where they were measured, in plain HTML."
     return still_table([{'rank':k, 'parameters':f'{table.parameters[k]:,}', 'error left':f'{table.error[k]:.2%}', 'energy kept':f'{table.energy[k]:.2%}', 'loss':f'{losses[k]:.4f}' if k in losses else '–'} for k in ranks_to_try(len(table))])
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #99e23be5
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #41d2c1b6
 _LIVE = 'running','paused'
 _ALL = 'all layers'
 
@@ -259,7 +271,7 @@ class RankSpectrum(widgets.VBox):
         if self.live(): self._off = [run.subscribe(self._wake), run.while_waiting(self._waiting), watch_spectra(run, every)]
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0b3cfb1d
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #0cfbbe1b
 def live(self:RankSpectrum)->bool:
     "Is a run training the adapter now?"
     return self.run is not None and self.run.state in _LIVE
@@ -296,7 +308,7 @@ def table(self:RankSpectrum)->pd.DataFrame:
     return rank_table(self.history[self.step()], self.shapes, self.layer)
 RankSpectrum.table = table
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #cd7507e9
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #52b1a375
 def _build(self:RankSpectrum):
     self.watcher,self._trouble,self._rows = Watcher(),widgets.HTML(),widgets.HTML()
     self.figures = dict(spectrum=bands_picture(), ranks=ranks_picture(), cut=cut_picture())
@@ -358,7 +370,7 @@ def _say_button(self:RankSpectrum):
     self.button.disabled,self.button.tooltip = self.live() or self.loss is None,why
 RankSpectrum._say_button = _say_button
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #ddab32d0
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #82e32192
 def _wake(self:RankSpectrum, event):
     over = not self.live()
     if event['kind'] not in ('spectra','spectrum','checkpoint','state') or self._due and not over or self._closed or self._loop is None: return
@@ -398,7 +410,7 @@ def _changed(self:RankSpectrum, change):
         self.refresh()
 RankSpectrum._changed = _changed
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #974c02f3
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #ef527e0c
 def measure(self:RankSpectrum, ranks=None)->dict:
     "The loss after cutting all layers to each of `ranks` (the table's, where None is given); kept, so that each is measured once."
     if self.live(): raise RuntimeError('The run trains this adapter now: wait until it has ended (run.wait() or run.stop()), then measure.')
@@ -421,7 +433,7 @@ def _press(self:RankSpectrum, _=None):
         self._say_button()
 RankSpectrum._press = _press
 
-# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #107b22da
+# %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #5f19c228
 def data(self:RankSpectrum, name:str)->pd.DataFrame:
     "The numbers behind a picture: 'spectrum', 'ranks' (over the steps) or 'cut' (with the losses that were measured)."
     _known(name, self.figures)
