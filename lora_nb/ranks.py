@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['allocate', 'GradientSketch', 'gradient_spectra', 'suggest_ranks']
 
-# %% ../nbs/api/11d_ranks.ipynb #dfb6047f
+# %% ../nbs/api/11d_ranks.ipynb #7ebcb66f
 from contextlib import contextmanager
 from functools import lru_cache
 import pandas as pd
@@ -15,7 +15,7 @@ from .adapter import find_targets, layer_class
 from .data import collate
 from .loss import model_loss
 
-# %% ../nbs/api/11d_ranks.ipynb #67a26a74
+# %% ../nbs/api/11d_ranks.ipynb #831c51bc
 def allocate(
     values:dict[str,Tensor], # path → (k,) worth of each further rank, falling
     costs:dict[str,int],     # path → parameters of one rank, in + out
@@ -33,7 +33,7 @@ def allocate(
         if worth>0 and -k==ranks[p] and costs[p]<=left: ranks[p] += 1; left -= costs[p]
     return ranks
 
-# %% ../nbs/api/11d_ranks.ipynb #7cb42b77
+# %% ../nbs/api/11d_ranks.ipynb #208fb7d3
 @lru_cache(maxsize=64)
 def _random(rows, cols, device, seed):
     return (torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed+7919*rows+cols))/cols**.5).to(device)
@@ -62,7 +62,7 @@ class GradientSketch:
     def energy(self)->float: # estimate of ‖G‖²_F: the mean over k random directions
         return self.Y.square().sum().item()
 
-# %% ../nbs/api/11d_ranks.ipynb #f70306c7
+# %% ../nbs/api/11d_ranks.ipynb #d5c94d44
 @contextmanager
 def _watched(model, modules, sketches):
     "Within this context each backward pass feeds the sketches."
@@ -108,7 +108,7 @@ def gradient_spectra(
     rows = [dict(path=p, out=shapes[p][0], **{'in': shapes[p][1]}, norm=s.energy**.5, values=s.singular_values()) for p,s in sketches.items()]
     return pd.DataFrame(rows).set_index('path')
 
-# %% ../nbs/api/11d_ranks.ipynb #191d2a36
+# %% ../nbs/api/11d_ranks.ipynb #3b370387
 def suggest_ranks(
     model:nn.Module,      # without the adapter; in 4 bits or not
     data,                 # with `.train`, or a list of samples

@@ -1,5 +1,6 @@
 "Merging: what is reported is what a fresh process reads from the folder; unmerge bit for bit; nothing half written."
 import json, subprocess, sys
+from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from safetensors import safe_open
@@ -15,6 +16,14 @@ from lora_nb.merge import chosen, merge, merge_in_place, merge_report, merged, m
 from lora_nb.quantize import INT4, NF4
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=.1)
+
+@pytest.fixture(autouse=True, scope='module')
+def one_core():
+    "Matrices this small are faster on one core."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
 
 def llama(seed=0, **kw):
     torch.manual_seed(seed)
@@ -80,29 +89,6 @@ def figures(a, b):
     return dict(logits=((a-b).norm()/a.norm()).item(), kl=(p.exp()*(p-q)).sum(-1).mean().item(), loss=-q.gather(1, LABELS[:,None]).mean().item(), changed=(a.argmax(-1)!=b.argmax(-1)).double().mean().item())
 
 
-def test_the_report_foretells_what_a_fresh_process_reads(tmp_path):
-    original,model = llama(),in_4bit(llama())
-    original.save_pretrained(tmp_path/'original')
-    a = shaken(add_lora(model, r=4))
-    unmerged = answers(model)
-    report = merge_report(model, a, DATA, original=tmp_path/'original', batch_size=3)
-    ways = dict(zip(report.index, [tmp_path/w.replace(', ', '-') for w in report.index]))
-    assert set(ways)=={f'{i}, {d}' for i in ('base', 'original') for d in ('fp32', 'bf16', '4bit')}
-    kinds = {'fp32': torch.float32, 'bf16': torch.bfloat16, '4bit': '4bit'}
-    for way,folder in ways.items():
-        written = merge(model, a, folder, into='base' if way.startswith('base') else tmp_path/'original', dtype=kinds[way.split(', ')[1]])
-        assert written.read_back.all() and (way.endswith('4bit') or written.bytes.sum()==report.loc[way, 'bytes'])
-    back,layer = fresh(tmp_path, ways.values())
-    for way,folder in ways.items():
-        got = figures(unmerged, back[folder])
-        for k in ('logits', 'kl', 'loss', 'changed'): assert report.loc[way, k]==pytest.approx(got[k], rel=2e-4, abs=2e-6), (way, k)
-        assert layer[str(folder)]==('Linear4bit' if way.endswith('4bit') else 'Linear')
-        assert ('quantization_config' in json.loads((folder/'config.json').read_text()))==way.endswith('4bit')
-    assert report.loc['base, fp32', 'kl'] < 1e-10 and report.loc['base, bf16', 'kl'] < report.loc['base, 4bit', 'kl']/50
-    assert report.kl.is_monotonic_increasing and report.attrs['unmerged']==pytest.approx(figures(unmerged, unmerged)['loss'], rel=1e-6)
-    with a.disabled(): assert report.attrs['without']==pytest.approx(figures(unmerged, answers(model))['loss'], rel=1e-6)
-
-
 def several(model):
     shaken(add_lora(model, r=4, targets=['q_proj', 'down_proj']))
     shaken(add_lora(model, r=2, targets=['q_proj', 'v_proj'], dora=True, name='two'), seed=2)
@@ -130,13 +116,40 @@ CASES = dict(dense=lambda: on(llama()), tied=lambda: on(llama(tie_word_embedding
     rows_tied=lambda: on(in_4bit(llama(tie_word_embeddings=True)), trainable_token_indices=[3, 5, 40]),
     experts=lambda: on(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)).eval(), targets='attention'))
 
-def test_every_kind_of_layer_and_adapter_merges_and_is_reloaded(tmp_path):
+@pytest.fixture(scope='module')
+def reloaded(tmp_path_factory):
+    "All merged folders, and what one fresh process makes of them."
+    at = tmp_path_factory.mktemp('merged')
+    original,model = llama(),in_4bit(llama())
+    original.save_pretrained(at/'original')
+    a = shaken(add_lora(model, r=4))
+    report = merge_report(model, a, DATA, original=at/'original', batch_size=3)
+    with a.disabled(): without = answers(model)
+    kinds,tables = {'fp32': torch.float32, 'bf16': torch.bfloat16, '4bit': '4bit'},{}
+    for way,r in report.iterrows(): tables[way] = merge(model, a, at/way, into='base' if r['into']=='base' else at/'original', dtype=kinds[r['dtype']])
     models = {k: make() for k,make in CASES.items()}
     want = {k: answers(m) for k,m in models.items()}
-    for k,m in models.items(): merge(m, None, tmp_path/k, dtype=torch.float32, shard_bytes=40_000)
-    back,_ = fresh(tmp_path, [tmp_path/k for k in models])
-    for k in models: assert ((back[tmp_path/k]-want[k]).norm()/want[k].norm()).item() < 2e-5, k
-    tied = lambda k: json.loads((tmp_path/k/'config.json').read_text())['tie_word_embeddings']
+    for k,m in models.items(): merge(m, None, at/k, dtype=torch.float32, shard_bytes=40_000)
+    back,layer = fresh(at, [at/k for k in (*report.index, *models)])
+    return SimpleNamespace(report=report, unmerged=answers(model), without=without, tables=tables, want=want, at=at,
+                           back={f.name: t for f,t in back.items()}, layer={Path(f).name: k for f,k in layer.items()})
+
+def test_the_report_foretells_what_a_fresh_process_reads(reloaded):
+    report,unmerged = reloaded.report,reloaded.unmerged
+    assert set(report.index)=={f'{i}, {d}' for i in ('base', 'original') for d in ('fp32', 'bf16', '4bit')}
+    for way,table in reloaded.tables.items():
+        packed,got = way.endswith('4bit'),figures(unmerged, reloaded.back[way])
+        assert table.read_back.all() and (packed or table.bytes.sum()==report.loc[way, 'bytes'])
+        for k in ('logits', 'kl', 'loss', 'changed'): assert report.loc[way, k]==pytest.approx(got[k], rel=2e-4, abs=2e-6), (way, k)
+        assert reloaded.layer[way]==('Linear4bit' if packed else 'Linear')
+        assert ('quantization_config' in json.loads((reloaded.at/way/'config.json').read_text()))==packed
+    assert report.loc['base, fp32', 'kl'] < 1e-10 and report.loc['base, bf16', 'kl'] < report.loc['base, 4bit', 'kl']/50
+    assert report.kl.is_monotonic_increasing and report.attrs['unmerged']==pytest.approx(figures(unmerged, unmerged)['loss'], rel=1e-6)
+    assert report.attrs['without']==pytest.approx(figures(unmerged, reloaded.without)['loss'], rel=1e-6)
+
+def test_every_kind_of_layer_and_adapter_merges_and_is_reloaded(reloaded):
+    for k,want in reloaded.want.items(): assert ((reloaded.back[k]-want).norm()/want.norm()).item() < 2e-5, k
+    tied = lambda k: json.loads((reloaded.at/k/'config.json').read_text())['tie_word_embeddings']
     assert tied('tied') and tied('rows_tied') and not tied('tied_embedding') and not tied('gpt2_embedding')
 
 

@@ -10,6 +10,14 @@ from lora_nb.loss import model_loss
 from lora_nb.quantize import NF4
 from lora_nb.ranks import GradientSketch, allocate, gradient_spectra, suggest_ranks
 
+@pytest.fixture(autouse=True, scope='module')
+def one_core():
+    "Matrices this small are faster on one core."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 def llama(**kw):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**{**dict(vocab_size=40, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=.1), **kw})).eval()
