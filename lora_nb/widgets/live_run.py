@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MEMORY', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rates_frame', 'smooth', 'time_left', 'matrices',
            'spectrum_frame', 'memory_now', 'memory_frame', 'sample_frame', 'loss_picture', 'fill_loss', 'rates_picture',
-           'fill_rates', 'spectrum_picture', 'half_way', 'fill_spectrum', 'matrices_picture', 'fill_matrices',
+           'fill_rates', 'spectrum_picture', 'nearest', 'fill_spectrum', 'matrices_picture', 'fill_matrices',
            'memory_picture', 'fill_memory', 'memory_legend', 'samples_html', 'asker', 'status_text', 'trouble_text',
            'still_html', 'LiveRun']
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #44c38d70
+# %% ../../nbs/api/12_widgets_live_run.ipynb #d2d139a7
 import asyncio, difflib, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
@@ -19,7 +19,7 @@ from ..spectra import effective_rank, singular_values
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, parts, picture,
                                   seconds_text, seconds_unit, shrink, still_lines, still_table, style_sheet, thin)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #b4bf306f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8d86b162
 def of_kind(events, kind:str)->list:
     "The events of one kind, in the order in which they came."
     return [e for e in list(events) if e['kind']==kind]
@@ -37,7 +37,7 @@ def rates_frame(events)->pd.DataFrame:
     cols = ('lr','tokens_per_s','grad_norm')
     return pd.DataFrame({c:[e.get(c, float('nan')) for e in steps] for c in cols}, index=pd.Index([e['step'] for e in steps], name='step'), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #43bee353
+# %% ../../nbs/api/12_widgets_live_run.ipynb #325a7126
 def smooth(
     y,              # (n,) values
     weight:float=.9 # of the past
@@ -58,7 +58,7 @@ def time_left(
     if len(steps)<2: return None
     return float(np.median(np.diff([e['time'] for e in steps])))*max(0, total_steps-steps[-1]['step'])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #02965a3b
+# %% ../../nbs/api/12_widgets_live_run.ipynb #0a1c33fe
 def matrices(
     adapter,   # an Adapter
     layer:str  # a key of `adapter.layers`
@@ -83,7 +83,7 @@ def spectrum_frame(
     width = max((len(e['s']) for e in seen), default=0)
     return pd.DataFrame([e['s'] for e in seen], index=pd.Index([e['step'] for e in seen], name='step'), columns=range(1, width+1), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #95a08fcf
+# %% ../../nbs/api/12_widgets_live_run.ipynb #f1eebb61
 MEMORY = {'base weights':'base', 'adapter':'adapter', 'gradients':'gradients', 'optimizer':'optimizer', 'activations and rest':'rest'}
 
 def memory_now(run)->dict:
@@ -102,7 +102,7 @@ def sample_frame(events)->pd.DataFrame:
     cols = ['step','question','base','adapter']
     return pd.DataFrame([{c:e.get(c, '') for c in cols} for e in newest.values()], columns=cols)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #a3fc7324
+# %% ../../nbs/api/12_widgets_live_run.ipynb #a906158c
 def loss_picture():
     line = partial(go.Scatter, x=[], y=[], mode='lines')
     return picture([line(name='training, each step', line=dict(color=COLOUR['adapter'], width=1), opacity=.45, hoverinfo='skip'),
@@ -137,15 +137,15 @@ def fill_rates(fig, events):
         trace.x,trace.y = np.array([e['step'] for e in steps], dtype=float)[keep],y[keep]
     return f"{steps[-1]['lr']:.2e} · {np.median([e['tokens_per_s'] for e in steps[-10:]]):,.0f} tokens/s" if steps else ''
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #1acf8761
+# %% ../../nbs/api/12_widgets_live_run.ipynb #936674f9
 def spectrum_picture():
     return picture([go.Bar(name='now', x=[], y=[], marker_color=COLOUR['adapter']),
                     go.Scatter(name='at half the steps', x=[], y=[], mode='markers', marker=dict(color=COLOUR['heldout'], symbol='line-ew-open', size=12, line_width=2))],
                    'singular value, by size', 'σ of ΔW', height=232, bargap=.25)
 
-def half_way(frame, row:int)->int:
-    "The row of `spectrum_frame` whose step is nearest to half of `row`'s."
-    return int(np.abs(frame.index.to_numpy()-frame.index[row]/2).argmin())
+def nearest(steps, step:float)->int:
+    "Index of the entry of `steps` that is nearest to `step`."
+    return int(np.abs(np.asarray(steps)-step).argmin())
 
 def fill_spectrum(fig, frame, row:int=-1):
     "Put one row of `spectrum_frame` into `fig`; returns its effective rank in words."
@@ -153,7 +153,7 @@ def fill_spectrum(fig, frame, row:int=-1):
         for trace in fig.data: trace.x,trace.y = [],[]
         return 'not seen yet'
     s,x = frame.iloc[row].to_numpy(dtype=float),np.arange(1, frame.shape[1]+1)
-    for trace,y in zip(fig.data, (s, frame.iloc[half_way(frame, row)].to_numpy(dtype=float))): trace.x,trace.y = x,y
+    for trace,y in zip(fig.data, (s, frame.iloc[nearest(frame.index, frame.index[row]/2)].to_numpy(dtype=float))): trace.x,trace.y = x,y
     if not np.isfinite(s).all(): return f'step {frame.index[row]} · ΔW is not finite'
     rank = f'effective rank {float(effective_rank(torch.tensor(s))):.1f} of {len(s)}' if s.any() else 'ΔW is zero'
     return f'step {frame.index[row]} · {rank}'
@@ -178,7 +178,7 @@ def fill_matrices(fig, seen):
         trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(int), y=np.arange(1, len(z)+1))
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #7612250a
+# %% ../../nbs/api/12_widgets_live_run.ipynb #cc9370f3
 def memory_picture():
     return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=COLOUR[c]+'c0') for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
 
@@ -208,7 +208,7 @@ def samples_html(events)->str:
     return '<div class="lnb-scroll" tabindex="0">' + ''.join(f"<div class='lnb-question'>{as_text(r.question)}</div>{answer('Base', 'base', r.base)}{answer(f'With the adapter, step {r.step}', 'adapter', r.adapter)}"
                                                 for r in frame.itertuples()) + '</div>'
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #129c459c
+# %% ../../nbs/api/12_widgets_live_run.ipynb #d2fc88f2
 def asker(
     questions, # what to ask, again and again
     ask        # ask(model, tok, question) -> answer
@@ -224,7 +224,7 @@ def asker(
         return dict(kind='sample', question=question, base=base[question], adapter=ask(run.model, run.data.tok, question))
     return probe
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #bcfca281
+# %% ../../nbs/api/12_widgets_live_run.ipynb #11d7d22e
 STATES = dict(running='adapter', paused='B', stopped='base', finished='quantised', failed='heldout')  # the colour of the dot beside the word
 LIVE = 'running','paused'
 
@@ -262,7 +262,7 @@ def still_html(run)->str:
     return ''.join([f'<p><b>{as_text(run.state)}</b> {as_text(status_text(run, events))}</p>', f'<pre>{as_text(trouble)}</pre>' if trouble else '',
                     still_lines(curves, 'step', 'loss (nats per token)'), still_table(rows), still_table(samples)])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #bfcef922
+# %% ../../nbs/api/12_widgets_live_run.ipynb #d08c563b
 LEGENDS = dict(loss={'training, each step':COLOUR['adapter']+'73', 'training, running mean':COLOUR['adapter'], 'held-out':COLOUR['heldout']},
                spectrum={'now':COLOUR['adapter'], 'at half the steps':COLOUR['heldout']})
 
@@ -293,7 +293,7 @@ class LiveRun(widgets.VBox):
         self._closed = False
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #4236c078
+# %% ../../nbs/api/12_widgets_live_run.ipynb #be505c32
 def _build(self:LiveRun):
     self.figures = {name:make() for name,make in self.PICTURES.items()}
     self.watcher = Watcher(self._beat)
@@ -314,7 +314,7 @@ def _build(self:LiveRun):
     self._grid = grid(*(panel(self._heads[n], *extra.get(n, []), f) for n,f in self.figures.items()), panel(widgets.HTML(heading('Answers')), self._samples))
 LiveRun._build = _build
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #21b21876
+# %% ../../nbs/api/12_widgets_live_run.ipynb #7df68a27
 def _news(self:LiveRun)->set:
     "Sort the events that came since the last call; returns their kinds."
     new = self.run.events[self._read:]
@@ -338,12 +338,14 @@ def _fill(self:LiveRun, name, how, *args, legend=None):
 LiveRun._fill = _fill
 
 def _draw_spectrum(self:LiveRun):
-    frame = spectrum_frame(self._some('spectrum'), self.layer)
-    newest,last = self.when.value==self.when.max,max(0, len(frame)-1)
+    seen = [e for e in self._some('spectrum') if e['layer']==self.layer]
+    newest,last = self.when.value==self.when.max,max(0, len(seen)-1)
     if self.when.max!=last:
         self.when.max = last
         if newest: self.when.value = last
-    self._fill('spectrum', fill_spectrum, frame, min(self.when.value, last))
+    row = min(self.when.value, last)
+    half = [seen[nearest([e['step'] for e in seen], seen[row]['step']/2)]] if seen else []
+    self._fill('spectrum', fill_spectrum, spectrum_frame(half+seen[row:row+1], self.layer))    # a table of all would be made twice a second
 LiveRun._draw_spectrum = _draw_spectrum
 
 def _draw_state(self:LiveRun):
@@ -357,13 +359,15 @@ def _draw_state(self:LiveRun):
         if self.buttons[name].disabled!=off: self.buttons[name].disabled = off
 LiveRun._draw_state = _draw_state
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #4f896397
+# %% ../../nbs/api/12_widgets_live_run.ipynb #33fb0245
 def refresh(self:LiveRun, everything=False)->LiveRun:
     "Draw what is new (or everything), now, in this thread."
     with self._lock:
         start,over = time.monotonic(),self.run.state not in LIVE
-        if over and not self._ended: self._last_look()
         kinds = self._news()
+        if over and not self._ended:
+            self._last_look()
+            kinds |= {'spectrum','memory'}
         if everything or not self._next: kinds |= {'step','spectrum','memory','sample'}
         if kinds & {'step','eval'}:
             self._fill('loss', fill_loss, self._some('step', 'eval'))
@@ -386,7 +390,7 @@ def _stale_spectrum(self:LiveRun):
     return was!=self._drawn
 LiveRun._stale_spectrum = _stale_spectrum
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #089d2dba
+# %% ../../nbs/api/12_widgets_live_run.ipynb #0de0ddbf
 def _wake(self:LiveRun, *_):
     "Ask the kernel's loop to draw; from any thread."
     if self._due or self._closed or self._loop is None: return
@@ -424,7 +428,7 @@ def watched(self:LiveRun)->bool:
     return not self._closed and (self.watcher.last is not None or self._shown is not None) and self.watcher.seen()
 LiveRun.watched = watched
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #1243e6db
+# %% ../../nbs/api/12_widgets_live_run.ipynb #25243d3a
 def _look(self:LiveRun, run):
     "The probe: keeps the copies of A and B here and publishes the small part."
     if self.layer is None: return None
@@ -452,7 +456,6 @@ def _last_look(self:LiveRun):
     "The run is over and nobody trains: look once more, so that the last state is shown even if nobody watched."
     self._unwatch()
     if getattr(self.run, 'adapter', None) is None: return
-    self._news()
     at = dict(step=self.run.step, time=self.run.events[-1]['time'] if self.run.events else 0.)
     for look in (self._look, memory_now):
         try: event = look(self.run)
@@ -472,7 +475,7 @@ LiveRun._end = _end
 def _leave_still(self:LiveRun): update_display(self._bundle(), raw=True, display_id=self._shown)
 LiveRun._leave_still = _leave_still
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #7b200085
+# %% ../../nbs/api/12_widgets_live_run.ipynb #29b817a4
 def _press(self:LiveRun, name, _):
     getattr(self.run, name)()
     for b in (self.buttons.values() if name=='stop' else [self.buttons[name]]): b.disabled = True
@@ -512,7 +515,7 @@ def close(self:LiveRun):
     super(LiveRun, self).close()
 LiveRun.close = close
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #e2c90dfa
+# %% ../../nbs/api/12_widgets_live_run.ipynb #8c2238b4
 def _known(name, names):
     if name not in names: raise KeyError(f"{name!r}: expected one of {', '.join(map(repr, names))}")
     return name
