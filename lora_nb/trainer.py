@@ -4,23 +4,27 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_tensors', 'load_optimizer_tensors',
-           'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'add_noise']
+           'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'score_answers',
+           'checkpoints', 'add_noise', 'OutOfMemory', 'memory_advice', 'to_tensorboard']
 
-# %% ../nbs/api/09_trainer.ipynb #32145782
+# %% ../nbs/api/09_trainer.ipynb #5dee8749
 import json,math,os,shutil,threading,time
+from contextlib import nullcontext
 from dataclasses import dataclass,asdict,replace
 from pathlib import Path
-import pandas as pd
+import pandas as pd,psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator,DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file,save_file
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from .adapter import adapters,_fsync
 from .data import batch_order,collate,collate_packed,pack_order
-from .loss import model_loss
+from .loss import model_loss,model_scores
+from .memory import held
+from .models import ask
 
-# %% ../nbs/api/09_trainer.ipynb #44a30604
+# %% ../nbs/api/09_trainer.ipynb #9928ac24
 @dataclass(frozen=True)
 class Settings:
     "What a run was asked to do; written beside its checkpoints."
@@ -43,11 +47,11 @@ class Settings:
     checkpointing:bool=False # recompute activations in backward
     seed:int=42              # of the order of samples and of dropout
 
-# %% ../nbs/api/09_trainer.ipynb #e05880f7
+# %% ../nbs/api/09_trainer.ipynb #f290e8ef
 OPTIMIZERS = ('adamw','adamw8bit','paged_adamw8bit')
 SCHEDULES = {'cosine':'cosine', 'linear':'linear', 'constant':'constant_with_warmup'}
 
-# %% ../nbs/api/09_trainer.ipynb #19a51330
+# %% ../nbs/api/09_trainer.ipynb #79272798
 def check_settings(s:Settings):
     "Raises ValueError naming the setting, what it was and what is allowed."
     def need(ok, name, want):
@@ -66,7 +70,7 @@ def check_settings(s:Settings):
     need(s.optimizer in OPTIMIZERS, 'optimizer', f'one of {list(OPTIMIZERS)}')
     need(number(s.lr_ratio) and s.lr_ratio>0, 'lr_ratio', 'a number above 0')
 
-# %% ../nbs/api/09_trainer.ipynb #8c899b26
+# %% ../nbs/api/09_trainer.ipynb #1fe692b6
 def _whole_folder(path, write):
     "Call `write(tmp)` on an empty folder beside `path`, flush it to disk, then rename it to `path`."
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -76,7 +80,6 @@ def _whole_folder(path, write):
         write(tmp)
         for f in tmp.iterdir(): _fsync(f)
         _fsync(tmp)
-        if path.exists(): shutil.rmtree(path)
         tmp.rename(path)
         _fsync(path.parent)
     except BaseException:
@@ -84,7 +87,7 @@ def _whole_folder(path, write):
         raise
     return path
 
-# %% ../nbs/api/09_trainer.ipynb #f5731b8b
+# %% ../nbs/api/09_trainer.ipynb #60454985
 def _flat(x, key):
     "(key, tensor) of every leaf of nested dicts; a plain number becomes a tensor whose key ends in '::number'."
     if isinstance(x, dict):
@@ -96,7 +99,7 @@ def optimizer_tensors(opt, names:list)->dict:
     "The optimizer's state as flat named tensors; `names` are the parameters' names in the optimizer's order."
     return dict(kv for i,state in opt.state_dict()['state'].items() for kv in _flat(state, names[i]))
 
-# %% ../nbs/api/09_trainer.ipynb #11309b12
+# %% ../nbs/api/09_trainer.ipynb #24a6dc15
 def load_optimizer_tensors(opt, names:list, tensors:dict):
     "The inverse of `optimizer_tensors`. Raises KeyError naming a parameter that has no saved state."
     state = {n:{} for n in names}
@@ -110,17 +113,17 @@ def load_optimizer_tensors(opt, names:list, tensors:dict):
     if empty: raise KeyError(f"The checkpoint holds no optimizer state for {len(empty)} parameters, such as {empty[0]!r}")
     opt.load_state_dict(dict(state={i:state[n] for i,n in enumerate(names)}, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/api/09_trainer.ipynb #32c48685
+# %% ../nbs/api/09_trainer.ipynb #7ba2424a
 class NonFiniteLoss(FloatingPointError): "The loss became NaN or infinite; the message names the step and the samples."
 
-# %% ../nbs/api/09_trainer.ipynb #78a9be15
+# %% ../nbs/api/09_trainer.ipynb #e7563af0
 def _plain(x):
     "True for what JSON can hold."
     if isinstance(x, dict): return all(map(_plain, x.values()))
     if isinstance(x, (list, tuple)): return all(map(_plain, x))
     return x is None or isinstance(x, (str, int, float, bool))
 
-# %% ../nbs/api/09_trainer.ipynb #7fcb40b0
+# %% ../nbs/api/09_trainer.ipynb #7a153339
 class Run:
     "A training run: its events, and the means to pause, resume, stop and await it. Made by `Trainer.start` or `Trainer.fit`."
     def __init__(self, trainer, out):
@@ -158,15 +161,15 @@ class Run:
         last = self.log.loss.iloc[-1] if self.step else float('nan')
         return f"Run {self.state} at step {self.step} of {self.total_steps}, loss {last:.3f}, in {self.out}"
 
-# %% ../nbs/api/09_trainer.ipynb #bd2b7a27
+# %% ../nbs/api/09_trainer.ipynb #1e211176
 def _publish(self:Run, kind, **fields):
     event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
-    if _plain(event):
-        self.events.append(event)
-        if self._file:
-            self._file.write(json.dumps(event)+'\n')
-            self._file.flush()
-    with self._lock: subs = list(self._subs)
+    with self._lock:
+        subs = list(self._subs)
+        if _plain(event): self.events.append(event)
+    if self._file and _plain(event):
+        self._file.write(json.dumps(event)+'\n')
+        self._file.flush()
     for fn in subs:
         try: fn(event)
         except Exception as e:
@@ -174,13 +177,13 @@ def _publish(self:Run, kind, **fields):
             self.events.append(dict(event, kind='warning', text=f"A subscriber raised {type(e).__name__}: {e}. It is no longer called."))
 Run._publish = _publish
 
-# %% ../nbs/api/09_trainer.ipynb #c326d3a2
+# %% ../nbs/api/09_trainer.ipynb #cdfbb391
 def _off(self:Run, where, item):
     with self._lock:
         if item in where: where.remove(item)
 Run._off = _off
 
-# %% ../nbs/api/09_trainer.ipynb #49deb1ed
+# %% ../nbs/api/09_trainer.ipynb #e579692a
 def subscribe(
     self:Run,
     fn     # called with each event, in the worker thread
@@ -190,7 +193,7 @@ def subscribe(
     return lambda: self._off(self._subs, fn)
 Run.subscribe = subscribe
 
-# %% ../nbs/api/09_trainer.ipynb #80d54afe
+# %% ../nbs/api/09_trainer.ipynb #2d195875
 def probe(
     self:Run,
     fn,              # fn(run) -> dict with 'kind', or None; called in the worker thread between two steps
@@ -202,7 +205,7 @@ def probe(
     return lambda: self._off(self._probes, item)
 Run.probe = probe
 
-# %% ../nbs/api/09_trainer.ipynb #56dd3fcb
+# %% ../nbs/api/09_trainer.ipynb #1db45225
 def while_waiting(
     self:Run,
     fn       # called without arguments in the thread that waits
@@ -212,7 +215,7 @@ def while_waiting(
     return lambda: self._off(self._waiting, fn)
 Run.while_waiting = while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #3482710f
+# %% ../nbs/api/09_trainer.ipynb #8037a9a2
 def _serve_probes(self:Run):
     with self._lock: items = list(self._probes)
     for item in items:
@@ -227,13 +230,13 @@ def _serve_probes(self:Run):
         if seen: self._publish(**seen)
 Run._serve_probes = _serve_probes
 
-# %% ../nbs/api/09_trainer.ipynb #3a569e44
+# %% ../nbs/api/09_trainer.ipynb #752f6909
 def _set_state(self:Run, state):
     self.state = state
     self._publish('state', state=state)
 Run._set_state = _set_state
 
-# %% ../nbs/api/09_trainer.ipynb #f5744392
+# %% ../nbs/api/09_trainer.ipynb #201e4db6
 def pause(self:Run):
     "Halt at the next step boundary."
     self._go.clear()
@@ -252,24 +255,43 @@ def set_lr(self:Run, lr:float):
     self._lr = lr
 for f in (pause, resume, stop, save_now, set_lr): setattr(Run, f.__name__, f)
 
-# %% ../nbs/api/09_trainer.ipynb #00277cb2
-def _boundary(self:Run)->bool:
-    "Between two steps: serve probes, save, hold while paused. False: stop."
-    self._serve_probes()
-    if self._save.is_set():
+# %% ../nbs/api/09_trainer.ipynb #66df42dc
+def _orders(self:Run)->tuple: # (stop, save, paused, new learning rate)
+    "What the buttons say. Of several processes, all do what the first was told."
+    mine = [self._stop.is_set(), self._save.is_set(), not self._go.is_set(), self._lr]
+    return tuple(broadcast_object_list(mine) if self.trainer.world>1 else mine)
+Run._orders = _orders
+
+# %% ../nbs/api/09_trainer.ipynb #ec2a9463
+def _obey(self:Run)->tuple: # (stop, paused)
+    "Save and change the learning rate where that was asked for."
+    stop,save,paused,lr = self._orders()
+    if stop: self._stop.set()
+    if save:
         self._save.clear()
         self.trainer._checkpoint(self)
-    if self._lr is not None:
-        self.trainer._rescale(self, self._lr)
+    if lr is not None:
+        self.trainer._rescale(self, lr)
         self._lr = None
-    if not self._go.is_set():
+    return stop,paused
+Run._obey = _obey
+
+# %% ../nbs/api/09_trainer.ipynb #2b39a7e5
+def _boundary(self:Run)->bool:
+    "Between two steps: serve probes, obey, hold while paused. False: stop."
+    self._serve_probes()
+    stop,paused = self._obey()
+    if paused:
         self._set_state('paused')
-        while not self._go.wait(.1): self._serve_probes()
-        if not self._stop.is_set(): self._set_state('running')
-    return not self._stop.is_set()
+        while paused and not stop:
+            self._go.wait(.1)
+            self._serve_probes()
+            stop,paused = self._obey()
+        if not stop: self._set_state('running')
+    return not stop
 Run._boundary = _boundary
 
-# %% ../nbs/api/09_trainer.ipynb #bf5b4f82
+# %% ../nbs/api/09_trainer.ipynb #332bb6ce
 def wait(
     self:Run,
     progress:bool=True # show a progress bar
@@ -289,7 +311,7 @@ def wait(
     return self
 Run.wait = wait
 
-# %% ../nbs/api/09_trainer.ipynb #b744ec07
+# %% ../nbs/api/09_trainer.ipynb #65578763
 def _while_waiting(self:Run, bar):
     bar.update(self.step-bar.n)
     last = next((e for e in reversed(self.events) if e['kind']=='step'), None)
@@ -298,20 +320,20 @@ def _while_waiting(self:Run, bar):
     for fn in fns: fn()
 Run._while_waiting = _while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #0ef050f3
+# %% ../nbs/api/09_trainer.ipynb #dee98a57
 class _LossModule(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
     def forward(self, batch, n): return model_loss(self.model, batch, n)
 
-# %% ../nbs/api/09_trainer.ipynb #52f05dcf
+# %% ../nbs/api/09_trainer.ipynb #1a96f4a9
 def _free_folder(out):
     "`out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten."
     out = Path(out)
     return next(p for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
-# %% ../nbs/api/09_trainer.ipynb #d0575692
+# %% ../nbs/api/09_trainer.ipynb #98fbb024
 def trained_adapter(model):
     "The one adapter on `model` whose parameters require gradients. Raises ValueError where there is none, or more than one."
     found = [a for a in adapters(model).values() if any(p.requires_grad for p in a.parameters())]
@@ -320,29 +342,31 @@ def trained_adapter(model):
                          + ("Put one on with add_lora(model)." if not found else "Choose one with train_only."))
     return found[0]
 
-# %% ../nbs/api/09_trainer.ipynb #a07ee3a3
+# %% ../nbs/api/09_trainer.ipynb #ead0695d
 class Trainer:
     "Trains the parameters of `model` that require gradients (an adapter's) on `data`, with AdamW."
     def __init__(self,
         model,              # a transformers causal LM with an adapter on it
         data,               # .train and .val of samples, .tok
         out='runs/run',     # folder of checkpoints and events; if it exists, out-2, out-3, … is used
+        score=None,         # score(answer, sample) -> number; its mean over answers to held-out chats is in each evaluation
         **settings          # see `Settings`: lr, epochs, batch_size, accum, warmup, schedule, …
     ):
         unknown = set(settings)-set(Settings.__dataclass_fields__)
         if unknown: raise TypeError(f"Unknown settings {sorted(unknown)}; there are {list(Settings.__dataclass_fields__)}")
         self.settings = Settings(**settings)
         check_settings(self.settings)
-        self.model,self.data,self.out,self.adapter = model,data,out,trained_adapter(model)
+        self.model,self.data,self.out,self.score,self.adapter = model,data,out,score,trained_adapter(model)
         if not data.train: raise ValueError("data.train is empty: nothing to train on")
         self.named = [(n,p) for n,p in model.named_parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
         if self.device.type=='cpu' and any(p.dtype==torch.float16 for p in model.parameters()):
             raise ValueError("fp16 training on the CPU has no loss scaling here; load the model with dtype=torch.float32 or torch.bfloat16")
         self._resume_from = None
+        self._place()
         self._plan()
 
-# %% ../nbs/api/09_trainer.ipynb #a558db18
+# %% ../nbs/api/09_trainer.ipynb #85ae9635
 def param_groups(
     named:list,   # (name, parameter)
     s:Settings
@@ -354,7 +378,7 @@ def param_groups(
               dict(params=[p for n,p in named if p.ndim<=1], lr=s.lr, weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/api/09_trainer.ipynb #3b26f4c8
+# %% ../nbs/api/09_trainer.ipynb #51375fa9
 def make_optimizer(groups, s:Settings, device):
     "AdamW over `groups`: torch's, or bitsandbytes' with 8-bit states (paged: they move to the CPU's memory when the card is full; CUDA only)."
     if s.optimizer=='adamw': return torch.optim.AdamW(groups, lr=s.lr)
@@ -363,14 +387,24 @@ def make_optimizer(groups, s:Settings, device):
         raise ValueError("optimizer='paged_adamw8bit' pages between a CUDA card and the CPU; on the CPU use 'adamw' or 'adamw8bit'")
     return (bo.PagedAdamW8bit if s.optimizer.startswith('paged') else bo.AdamW8bit)(groups, lr=s.lr)
 
-# %% ../nbs/api/09_trainer.ipynb #c5fe0324
+# %% ../nbs/api/09_trainer.ipynb #80ed47f8
+def _place(self:Trainer):
+    fp16 = any(p.dtype==torch.float16 for p in self.model.parameters())
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False) # a 4-bit base is buffers, the same in every process
+    self.accelerator = acc = Accelerator(cpu=self.device.type=='cpu', mixed_precision='fp16' if fp16 else 'no', kwargs_handlers=[ddp])
+    if acc.distributed_type not in ('NO','MULTI_CPU','MULTI_GPU'):
+        raise ValueError(f"accelerate was set up for {acc.distributed_type.value}; this trainer runs on one device or with DDP (accelerate launch --multi_gpu). A 4-bit base is small enough to lie on every card whole.")
+    self.rank,self.world = acc.process_index,acc.num_processes
+    if self.world>1 and (self.device.type, self.device.index or 0)!=(acc.device.type, acc.device.index or 0): raise ValueError(f"Process {self.rank} of {self.world} has its model on {self.device}; expected {acc.device}. Load it with load_model(…, device={str(acc.device)!r}).")
+Trainer._place = _place
+
+# %% ../nbs/api/09_trainer.ipynb #c9c1b56c
 def _plan(self:Trainer):
+    from transformers import get_scheduler # imports peft where it is installed, and with it bitsandbytes, before which notebook_launcher must have started
     s = self.settings
     self.steps_per_epoch = math.ceil(len(self._batches(0))/s.accum)
     self.total_steps = max(1, round(self.steps_per_epoch*s.epochs))
     self.eval_every = s.eval_every or self.steps_per_epoch
-    fp16 = any(p.dtype==torch.float16 for p in self.model.parameters())
-    self.accelerator = Accelerator(cpu=self.device.type=='cpu', mixed_precision='fp16' if fp16 else 'no')
     groups = param_groups(self.named, s)
     where = {id(p):n for n,p in self.named}
     self.names = [where[id(p)] for g in groups for p in g['params']]
@@ -379,33 +413,52 @@ def _plan(self:Trainer):
     self.scheduler = get_scheduler(SCHEDULES[s.schedule], opt, num_warmup_steps=round(s.warmup*self.total_steps), num_training_steps=self.total_steps)
 Trainer._plan = _plan
 
-# %% ../nbs/api/09_trainer.ipynb #ca2aac9f
+# %% ../nbs/api/09_trainer.ipynb #7c3567ac
 def _batches(self:Trainer, epoch)->list:
-    "Micro-batches of an epoch: lists of sample indices, or, packed, lists of rows of sample indices."
-    s,lens = self.settings,[len(x) for x in self.data.train]
-    if not s.packing: return batch_order(lens, s.batch_size, s.seed, epoch)
+    "Micro-batches of an epoch, of all processes together: lists of sample indices, or, packed, lists of rows of sample indices."
+    s,lens,size = self.settings,[len(x) for x in self.data.train],self.settings.batch_size*self.world
+    if not s.packing: return batch_order(lens, size, s.seed, epoch)
     rows = pack_order(lens, max(self.data.max_len, max(lens)), s.seed, epoch)
-    return [rows[i:i+s.batch_size] for i in range(0, len(rows), s.batch_size)]
+    return [rows[i:i+size] for i in range(0, len(rows), size)]
 Trainer._batches = _batches
 
-# %% ../nbs/api/09_trainer.ipynb #fd4a15fc
+# %% ../nbs/api/09_trainer.ipynb #48bdd813
 def _batch(self:Trainer, samples):
     "A list of samples, or of rows of samples, on the model's device."
     make = collate_packed if isinstance(samples[0], list) else collate
     return {k:v.to(self.device) for k,v in make(samples, self.data.tok.pad_token_id or 0).items()}
 Trainer._batch = _batch
 
-# %% ../nbs/api/09_trainer.ipynb #c2cc6544
+# %% ../nbs/api/09_trainer.ipynb #fcc24ef8
+def _across(self:Trainer, *numbers, how='sum')->list:
+    "Each number's sum or mean over the processes."
+    if self.world==1: return list(numbers)
+    return self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), how).tolist()
+Trainer._across = _across
+
+# %% ../nbs/api/09_trainer.ipynb #06fcdc61
+def _backward(self:Trainer, batches, n)->float:
+    "Gradients of the summed loss over `n`; returns that loss. A process without a share of a batch goes through the motions, for the others wait for it."
+    total = 0.
+    for i,mb in enumerate(batches):
+        mine = mb[self.rank::self.world]
+        more = self.world>1 and i<len(batches)-1
+        with self.accelerator.no_sync(self.loss_module) if more else nullcontext():
+            loss = self.loss_module(self._batch(mine or mb[:1]), n)
+            if self.world>1: loss = loss*(self.world if mine else 0)
+            self.accelerator.backward(loss)
+        total += loss.item()
+    return self._across(total, how='mean')[0]
+Trainer._backward = _backward
+
+# %% ../nbs/api/09_trainer.ipynb #ab64a334
 def _step(self:Trainer, run, micro):
     "One optimizer step on a list of micro-batches of sample indices; returns (loss, gradient norm, tokens)."
     pick = lambda x: [pick(i) for i in x] if isinstance(x, list) else self.data.train[x]
     batches = pick(micro)
     samples = [s for mb in batches for x in mb for s in (x if isinstance(x, list) else [x])]
-    n,total = sum(s.n_labels for s in samples),0.
-    for mb in batches:
-        loss = self.loss_module(self._batch(mb), n)
-        self.accelerator.backward(loss)
-        total += loss.item()
+    try: total = self._backward(batches, sum(s.n_labels for s in samples))
+    except torch.OutOfMemoryError as e: raise self._out_of_memory(run, samples) from e
     if not math.isfinite(total):
         self.optimizer.zero_grad()
         rows = [s.row for s in samples]
@@ -418,38 +471,63 @@ def _step(self:Trainer, run, micro):
     return total,float(norm),sum(map(len, samples))
 Trainer._step = _step
 
-# %% ../nbs/api/09_trainer.ipynb #54d5f37b
+# %% ../nbs/api/09_trainer.ipynb #823a094f
 @torch.no_grad()
 def evaluate(
     self:Trainer,
     samples:list|None=None # of Sample; None: data.val
-)->float:                  # mean loss of a learned token
-    "The loss of samples with dropout off."
+)->dict:                   # loss: mean over learned tokens; accuracy: share of them ranked first
+    "Loss and token accuracy of samples with dropout off. Raises ValueError where there are none."
     samples = self.data.val if samples is None else samples
+    if not samples: raise ValueError("No samples to evaluate: data.val is empty. Hold some out (val=0.1), or pass samples.")
     was = self.model.training
     self.model.eval()
     try:
-        order = sorted(samples, key=len)
-        chunks = [order[i:i+self.settings.batch_size] for i in range(0, len(order), self.settings.batch_size)]
-        total = sum(float(self.loss_module(self._batch(c), 1)) for c in chunks)
+        order,size = sorted(samples, key=len)[self.rank::self.world],self.settings.batch_size
+        sums = [model_scores(self.model, self._batch(order[i:i+size])) for i in range(0, len(order), size)]
     finally: self.model.train(was)
-    return total/sum(s.n_labels for s in samples)
+    loss,right,n = self._across(*(sum(s[k] for s in sums) for k in range(3)))
+    return dict(loss=loss/n, accuracy=right/n)
 Trainer.evaluate = evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #3945b501
+# %% ../nbs/api/09_trainer.ipynb #1f4f0393
+def score_answers(
+    model, tok,
+    samples:list, # of Sample, made from chats
+    score,        # score(answer, sample) -> number or bool
+    max_new_tokens:int=64, batch_size:int=16
+)->pd.DataFrame:  # a row for each sample: row, question (the last turn before the answer), answer, score
+    "Greedy answers to the chats' last questions, and what `score` says of each. Raises ValueError for a sample that is no chat."
+    bad = [s.row for s in samples if not s.meta.get('messages') or s.meta['messages'][-1]['role']!='assistant' or len(s.meta['messages'])<2]
+    if bad: raise ValueError(f"Rows {bad[:5]} are no chats that end with an answer; answers can be scored for chats only.")
+    chats = [s.meta['messages'][:-1] for s in samples]
+    answers = ask(model, tok, chats, max_new_tokens, batch_size)
+    return pd.DataFrame([dict(row=s.row, question=c[-1]['content'], answer=a, score=float(score(a, s))) for s,c,a in zip(samples, chats, answers)])
+
+# %% ../nbs/api/09_trainer.ipynb #418436ec
+def _score(self:Trainer)->float:
+    "Mean score of the held-out answers."
+    mine = self.data.val[self.rank::self.world]
+    got = score_answers(self.model, self.data.tok, mine, self.score).score.sum() if mine else 0.
+    return self._across(float(got))[0]/len(self.data.val)
+Trainer._score = _score
+
+# %% ../nbs/api/09_trainer.ipynb #e611ceef
 def _evaluate(self:Trainer, run):
-    "Publish the held-out loss; a best one since the start is checkpointed where the run watches for it."
+    "Publish what the held-out samples say; a best loss since the start is checkpointed where the run watches for it."
     if not self.data.val: return
     t = time.perf_counter()
-    loss = self.evaluate()
-    run._publish('eval', loss=loss, perplexity=math.exp(min(loss, 80)), seconds=round(time.perf_counter()-t, 3))
+    seen = self.evaluate()
+    loss = seen['loss']
+    if self.score: seen['score'] = self._score()
+    run._publish('eval', **seen, perplexity=math.exp(min(loss, 80)), seconds=round(time.perf_counter()-t, 3))
     better = loss<run.best
     if better: run.best,run.waited = loss,0
     else: run.waited += 1
     if better and self.settings.patience and run.step: self._checkpoint(run, 'best')
 Trainer._evaluate = _evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #4eb0b3ad
+# %% ../nbs/api/09_trainer.ipynb #35ed3c19
 def _rescale(self:Trainer, run, lr):
     ratio = lr/self.scheduler.base_lrs[0]
     self.scheduler.base_lrs = [b*ratio for b in self.scheduler.base_lrs]
@@ -458,26 +536,55 @@ def _rescale(self:Trainer, run, lr):
     run._publish('lr', lr=lr)
 Trainer._rescale = _rescale
 
-# %% ../nbs/api/09_trainer.ipynb #625239e8
-def _checkpoint(self:Trainer, run, name=None):
-    "Write `checkpoint-STEP` (or `name`) whole, then remove the oldest beyond `keep`."
-    def write(tmp):
-        adapter = tmp/'adapter'
-        self.adapter.save(adapter)
-        for f in adapter.iterdir(): f.rename(tmp/f.name)
-        adapter.rmdir()
-        mine = {f'adapter::{k}':v.cpu().contiguous() for k,v in self.adapter.state_dict().items()}
-        save_file(mine|optimizer_tensors(self.optimizer, self.names)|{'rng':torch.get_rng_state()}, tmp/'training.safetensors')
-        state = dict(step=run.step, total_steps=self.total_steps, settings=asdict(self.settings), scheduler=self.scheduler.state_dict(), samples=len(self.data.train), best=run.best if math.isfinite(run.best) else None, waited=run.waited)
-        (tmp/'run.json').write_text(json.dumps(state, indent=1))
-    path = _whole_folder(run.out/(name or f"checkpoint-{run.step}"), write)
+# %% ../nbs/api/09_trainer.ipynb #97624986
+def _random_state(self:Trainer)->dict:
+    "The random states of all processes, one row each."
+    own = {'rng':torch.get_rng_state()}
+    if self.device.type=='cuda': own['cuda_rng'] = torch.cuda.get_rng_state(self.device)
+    return {k:self.accelerator.gather(v[None].to(self.device)).cpu() for k,v in own.items()}
+
+def _set_random_state(self:Trainer, states:dict):
+    "The inverse. With another number of processes than before, each draws anew from the seed."
+    if len(states['rng'])!=self.world: return torch.manual_seed(self.settings.seed+self.rank)
+    torch.set_rng_state(states['rng'][self.rank].clone())
+    if 'cuda_rng' in states and self.device.type=='cuda': torch.cuda.set_rng_state(states['cuda_rng'][self.rank].clone(), self.device)
+Trainer._random_state,Trainer._set_random_state = _random_state,_set_random_state
+
+# %% ../nbs/api/09_trainer.ipynb #3afa6612
+def _write_checkpoint(self:Trainer, run, random, folder):
+    "A checkpoint's files, into the empty `folder`."
+    adapter = folder/'adapter'
+    self.adapter.save(adapter)
+    for f in adapter.iterdir(): f.rename(folder/f.name)
+    adapter.rmdir()
+    mine = {f'adapter::{k}':v.cpu().contiguous() for k,v in self.adapter.state_dict().items()}
+    save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
+    state = dict(step=run.step, total_steps=self.total_steps, settings=asdict(self.settings), scheduler=self.scheduler.state_dict(), samples=len(self.data.train), best=run.best if math.isfinite(run.best) else None, waited=run.waited)
+    (folder/'run.json').write_text(json.dumps(state, indent=1))
+Trainer._write_checkpoint = _write_checkpoint
+
+# %% ../nbs/api/09_trainer.ipynb #e553987c
+def checkpoints(
+    out,                # a run's folder
+    name='checkpoint'   # or 'best'
+)->list:                # of paths
+    "The whole checkpoints in a run's folder, oldest first."
+    found = [p for p in Path(out).glob(f'{name}-*') if p.name.rpartition('-')[2].isdigit() and (p/'run.json').exists()]
+    return sorted(found, key=lambda p: int(p.name.rpartition('-')[2]))
+
+# %% ../nbs/api/09_trainer.ipynb #e1cd3bee
+def _checkpoint(self:Trainer, run, name='checkpoint'):
+    "Write `NAME-STEP` whole, if it is not there yet, then remove the oldest beyond `keep` (of the best, all but this)."
+    path,random = run.out/f"{name}-{run.step}",self._random_state()
+    if self.rank==0 and not path.exists():
+        _whole_folder(path, lambda tmp: self._write_checkpoint(run, random, tmp))
+        for p in checkpoints(run.out, name)[:-(self.settings.keep if name=='checkpoint' else 1)]: shutil.rmtree(p)
+    self.accelerator.wait_for_everyone()
     run._publish('checkpoint', path=str(path))
-    old = sorted(run.out.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-self.settings.keep]
-    for p in old: shutil.rmtree(p)
     return path
 Trainer._checkpoint = _checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #107ce430
+# %% ../nbs/api/09_trainer.ipynb #e649161d
 def _steps(self:Trainer, start):
     "(step, epoch so far, micro-batches) from step `start` on; depends on seed and epoch alone."
     s,step = self.settings,0
@@ -489,7 +596,7 @@ def _steps(self:Trainer, start):
             if step>start: yield step,step/self.steps_per_epoch,batches[k:k+s.accum]
 Trainer._steps = _steps
 
-# %% ../nbs/api/09_trainer.ipynb #b30c601e
+# %% ../nbs/api/09_trainer.ipynb #43af931c
 def add_noise(
     model,       # with input embeddings
     alpha:float  # size of the noise
@@ -501,10 +608,10 @@ def add_noise(
         return out+torch.empty_like(out).uniform_(-size, size)
     return model.get_input_embeddings().register_forward_hook(noisy).remove
 
-# %% ../nbs/api/09_trainer.ipynb #996246fb
+# %% ../nbs/api/09_trainer.ipynb #fece4ca2
 def _train(self:Trainer, run):
     start = self._restore(run) if self._resume_from else 0
-    if not start: torch.manual_seed(self.settings.seed)
+    if not start: torch.manual_seed(self.settings.seed+self.rank)
     if self.settings.checkpointing: self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     unhook = add_noise(self.model, self.settings.neftune) if self.settings.neftune else None
     run._undo = unhook
@@ -527,12 +634,13 @@ def _train(self:Trainer, run):
     return 'stopped' if run._stop.is_set() and run.step<self.total_steps else 'finished'
 Trainer._train = _train
 
-# %% ../nbs/api/09_trainer.ipynb #c313b026
+# %% ../nbs/api/09_trainer.ipynb #556a1493
 def _work(self:Trainer, run):
     "Runs `_train` to its end and leaves the run in its last state, whatever happens."
     try:
-        run.out.mkdir(parents=True)
-        run._file = open(run.out/'events.jsonl', 'a', encoding='utf-8')
+        if self.rank==0:
+            run.out.mkdir(parents=True)
+            run._file = open(run.out/'events.jsonl', 'a', encoding='utf-8')
         run._set_state('running')
         end = self._train(run)
     except BaseException as e:
@@ -547,10 +655,11 @@ def _work(self:Trainer, run):
     run._done.set()
 Trainer._work = _work
 
-# %% ../nbs/api/09_trainer.ipynb #97e6900f
+# %% ../nbs/api/09_trainer.ipynb #7ea45763
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once."
-    run = Run(self, _free_folder(self.out))
+    out = broadcast_object_list([_free_folder(self.out)])[0]
+    run = Run(self, out)
     run._thread = threading.Thread(target=self._work, args=(run,), name=f"lora_nb {run.out}", daemon=True)
     run._thread.start()
     return run
@@ -559,12 +668,12 @@ def fit(self:Trainer)->Run:
     return self.start().wait()
 Trainer.start,Trainer.fit = start,fit
 
-# %% ../nbs/api/09_trainer.ipynb #a11bc99f
+# %% ../nbs/api/09_trainer.ipynb #bb7a6885
 def _restore(self:Trainer, run):
     folder = Path(self._resume_from)
     state = json.loads((folder/'run.json').read_text())
     tensors = load_file(folder/'training.safetensors')
-    torch.set_rng_state(tensors.pop('rng'))
+    self._set_random_state({k:tensors.pop(k) for k in ('rng','cuda_rng') if k in tensors})
     self.adapter.load_state_dict({k.removeprefix('adapter::'):tensors.pop(k) for k in list(tensors) if k.startswith('adapter::')})
     load_optimizer_tensors(self.optimizer, self.names, tensors)
     self.scheduler.load_state_dict(state['scheduler'])
@@ -573,20 +682,91 @@ def _restore(self:Trainer, run):
     return run.step
 Trainer._restore = _restore
 
-# %% ../nbs/api/09_trainer.ipynb #994f9d81
+# %% ../nbs/api/09_trainer.ipynb #810308bc
+def _newest(folder):
+    "`folder` where it is a checkpoint, else the newest in it."
+    folder = Path(folder)
+    if (folder/'run.json').exists(): return folder
+    if found := checkpoints(folder): return found[-1]
+    raise FileNotFoundError(f"{folder} is no checkpoint of a run (it has no run.json), nor does it hold one.")
+
+# %% ../nbs/api/09_trainer.ipynb #ff0c6f83
+def _sweep(out):
+    "Remove what killed saves left in a run's folder."
+    for p in Path(out).glob('.*.tmp-*'):
+        pid = p.name.rpartition('-')[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(p)
+
+# %% ../nbs/api/09_trainer.ipynb #82e6b8ad
 @classmethod
 def resume_run(cls,
-    folder, # a checkpoint's folder
+    folder, # a checkpoint's folder, or a run's: then its newest checkpoint
     model,  # the same base with the same adapter attached
     data,   # the same data
-    out=None # where to go on; None: beside the run that was cut
+    out=None,  # where to go on; None: beside the run that was cut
+    score=None # as in `Trainer`
 ):
     "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it."
-    folder = Path(folder)
-    if not (folder/'run.json').exists(): raise FileNotFoundError(f"{folder} is no checkpoint of a run: it has no run.json")
+    folder = _newest(folder)
     state = json.loads((folder/'run.json').read_text())
     if state['samples']!=len(data.train): raise ValueError(f"The checkpoint was trained on {state['samples']} samples, data has {len(data.train)}: resume with the same data")
-    t = cls(model, data, out or folder.parent, **state['settings'])
+    t = cls(model, data, out or folder.parent, score, **state['settings'])
     t._resume_from = folder
+    if t.rank==0: _sweep(folder.parent)
     return t
 Trainer.resume = resume_run
+
+# %% ../nbs/api/09_trainer.ipynb #dca6e733
+class OutOfMemory(RuntimeError): "The device's memory did not suffice; the message says what held it and what to change."
+
+# %% ../nbs/api/09_trainer.ipynb #5c5ecc25
+def memory_advice(
+    kinds:dict,      # {kind: bytes} at the peak, as `held` gives them
+    s:Settings,
+    layers:int,      # of the model
+    tokens:int,      # of the batch, padding included
+    hidden_bytes:int # of one token's hidden state
+)->list:             # of (change, bytes that it would save), the greatest first
+    "What would take less memory, with estimates from what was held."
+    acts,opt,advice = kinds['activations and rest'],kinds['optimizer'],[]
+    if s.batch_size>1: advice.append((f"batch_size={s.batch_size//2}, accum={s.accum*2} (the same step, slower)", acts//2))
+    if not s.checkpointing: advice.append(("checkpointing=True (about a third slower)", max(0, acts-acts//layers-layers*tokens*hidden_bytes)))
+    advice.append(("half of max_len in chat_data (longer samples are cut)", acts//2))
+    if s.optimizer=='adamw' and opt: advice.append(("optimizer='paged_adamw8bit'", opt*3//4))
+    return sorted(advice, key=lambda a: -a[1])
+
+# %% ../nbs/api/09_trainer.ipynb #894f8475
+def _out_of_memory(self:Trainer, run, samples):
+    "The error to raise, with the figures of this moment."
+    kinds = held(self.model, self.adapter, self.optimizer)
+    if self.device.type=='cuda':
+        kinds['activations and rest'] = torch.cuda.max_memory_allocated(self.device)-sum(v for k,v in kinds.items() if k!='activations and rest')
+    cfg,longest = self.model.config,max(map(len, samples))
+    tokens = self.settings.batch_size*longest
+    tips = memory_advice(kinds, self.settings, cfg.num_hidden_layers, tokens, cfg.hidden_size*self.model.dtype.itemsize)
+    gb = lambda n: f"{n/2**30:.2f} GiB"
+    return OutOfMemory(f"Out of memory on {self.device} at step {run.step+1}, with batches of {self.settings.batch_size} samples of up to {longest} tokens. "
+                       f"Held: {', '.join(f'{k} {gb(v)}' for k,v in kinds.items())}. To need less: " + '; '.join(f"{what}: about {gb(n)} less" for what,n in tips)
+                       + f". Last good checkpoint: {run.checkpoint or 'none yet'}.")
+Trainer._out_of_memory = _out_of_memory
+
+# %% ../nbs/api/09_trainer.ipynb #5c75a607
+def to_tensorboard(
+    run:Run,
+    folder=None # of the event files; None: 'tensorboard' in the run's folder
+)->Path:        # that folder, for `tensorboard --logdir`
+    "Write a run's numbers, those so far too, for TensorBoard. Raises ModuleNotFoundError naming the package to install."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError: raise ModuleNotFoundError("TensorBoard's writer is not installed: pip install tensorboard") from None
+    folder = Path(folder or run.out/'tensorboard')
+    writer = SummaryWriter(str(folder))
+    def write(e):
+        where = {'step':'train', 'eval':'held-out'}.get(e['kind'])
+        for k,v in e.items():
+            if where and k not in ('kind','time','step','seconds') and isinstance(v, (int, float)): writer.add_scalar(f'{where}/{k}', v, e['step'])
+        if e['kind']=='state' and e['state'] in ('finished','stopped','failed'): writer.close()
+    with run._lock:
+        past = list(run.events)
+        run.subscribe(write)
+    for e in past: write(e)
+    return folder

@@ -13,7 +13,7 @@ from conftest import counting, tiny_llama
 
 from lora_nb.adapter import add_lora
 from lora_nb.data import batch_order, collate
-from lora_nb.trainer import NonFiniteLoss, Run, Trainer
+from lora_nb.trainer import NonFiniteLoss, OutOfMemory, Run, Trainer, checkpoints, score_answers, to_tensorboard
 
 
 def trainer(tmp_path, seed=0, dropout=0., **settings):
@@ -180,7 +180,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
 
     def full(*a, **k): raise OSError(28, 'No space left on device')
     monkeypatch.setattr('lora_nb.trainer.save_file', full)
+    run.step += 1
     with pytest.raises(OSError): t._checkpoint(run)
+    assert run.checkpoint.name == 'checkpoint-21' and len(checkpoints(run.out)) == 1
     assert {p.name: p.read_bytes() for p in run.checkpoint.iterdir()} == before
     assert not [p for p in run.out.iterdir() if p.name.startswith('.')]
 
@@ -209,7 +211,15 @@ def test_evaluation_is_the_token_mean_of_the_models_own_loss(tmp_path):
     for i, s in enumerate(t.data.val): s.labels[:1+i] = [-100]*(1+i)
     t.model.eval()
     rows = [t.model(**collate([s])).loss.item()*s.n_labels for s in t.data.val]
-    assert t.evaluate() == pytest.approx(sum(rows)/sum(s.n_labels for s in t.data.val), rel=1e-5)
+    right = [int((t.model(**collate([s])).logits[0, :-1].argmax(-1) == torch.tensor(s.labels[1:])).sum()) for s in t.data.val]
+    n, got = sum(s.n_labels for s in t.data.val), t.evaluate()
+    assert got['loss'] == pytest.approx(sum(rows)/n, rel=1e-5) and got['accuracy'] == sum(right)/n
+    t.fit()
+    assert t.evaluate()['accuracy'] > got['accuracy']
+
+
+def test_nothing_to_evaluate_is_told(tmp_path):
+    with pytest.raises(ValueError, match='data.val is empty'): trainer(tmp_path).evaluate([])
 
 
 def test_the_learning_rate_changes_while_it_runs(tmp_path):
@@ -223,13 +233,17 @@ def test_the_learning_rate_changes_while_it_runs(tmp_path):
 
 def test_it_stops_early_and_keeps_the_best(tmp_path):
     from safetensors.torch import load_file
-    t = trainer(tmp_path, lr=.5, epochs=60, eval_every=2, patience=3, clip=0)
-    run = t.fit()
+    t = trainer(tmp_path, schedule='constant', warmup=0., epochs=60, eval_every=2, patience=3, clip=0)
+    run = Run(t, tmp_path/'r')
+    run.subscribe(lambda e: e['kind'] == 'step' and e['step'] == 12 and run.set_lr(.5))
+    t._work(run)
     losses = run.evals.loss.tolist()
-    assert run.state == 'finished' and run.step < run.total_steps and len(losses)-1-losses.index(min(losses)) == 3
-    if losses.index(min(losses)) > 0:
-        t.adapter.load_state_dict({k.removeprefix('adapter::'): v for k, v in load_file(run.out/'best/training.safetensors').items() if k.startswith('adapter::')})
-        assert t.evaluate() == pytest.approx(min(losses), abs=1e-6)
+    best = losses.index(min(losses))
+    assert run.state == 'finished' and run.step < run.total_steps and best >= 6 and len(losses)-1-best == 3
+    kept, = checkpoints(run.out, 'best')
+    assert int(kept.name.split('-')[1]) == run.evals.step[best]
+    t.adapter.load_state_dict({k.removeprefix('adapter::'): v for k, v in load_file(kept/'training.safetensors').items() if k.startswith('adapter::')})
+    assert t.evaluate()['loss'] == pytest.approx(min(losses), abs=1e-6)
 
 
 def test_old_checkpoints_are_pruned(tmp_path):
@@ -243,6 +257,72 @@ def test_save_now_saves_at_the_next_step(tmp_path):
     run.subscribe(lambda e: e['kind'] == 'step' and e['step'] == 4 and run.save_now())
     t._work(run)
     assert [Path(e['path']).name for e in run.events if e['kind'] == 'checkpoint'] == ['checkpoint-4', 'checkpoint-21']
+
+
+def test_a_paused_run_saves_when_asked(tmp_path):
+    run = trainer(tmp_path, epochs=100).start()
+    run.pause()
+    until(lambda: run.state == 'paused')
+    run.save_now()
+    until(lambda: checkpoints(run.out))
+    assert run.state == 'paused' and checkpoints(run.out)[0].name == f'checkpoint-{run.step}'
+    run.stop()
+    run.wait(False)
+
+
+def test_a_runs_folder_resumes_from_its_newest_checkpoint(tmp_path):
+    whole, model = trainer(tmp_path, save_every=3).fit(), tiny_llama()
+    for p in checkpoints(whole.out)[-1:]: (p/'run.json').rename(tmp_path/'gone.json')
+    add_lora(model, r=8, alpha=16)
+    rest = Trainer.resume(whole.out, model, counting()).fit()
+    assert rest.log.step.tolist() == [19, 20, 21] and rest.log.loss.tolist() == whole.log.loss.tolist()[18:]
+    with pytest.raises(FileNotFoundError, match='nor does it hold one'): Trainer.resume(tmp_path, model, counting())
+
+
+def test_tensorboard_has_the_runs_numbers(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = trainer(tmp_path).start()
+    until(lambda: run.step > 2)
+    folder = to_tensorboard(run)
+    run.wait(False)
+    seen = EventAccumulator(str(folder)).Reload()
+    for tag, want in {'train/loss': run.log.loss, 'train/lr': run.log.lr, 'held-out/loss': run.evals.loss, 'held-out/accuracy': run.evals.accuracy}.items():
+        got = seen.Scalars(tag)
+        assert [e.value for e in got] == pytest.approx(want.tolist()) and len({e.step for e in got}) == len(got)
+
+
+def test_out_of_memory_says_what_held_it_and_what_to_change(tmp_path, monkeypatch):
+    t = trainer(tmp_path, save_every=2)
+    whole = t._backward
+
+    def full(batches, n):
+        if run.step == 3: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        return whole(batches, n)
+    monkeypatch.setattr(t, '_backward', full)
+    run = Run(t, tmp_path/'r')
+    t._work(run)
+    with pytest.raises(OutOfMemory, match=r'step 4, with batches of 8 samples of up to 12 tokens') as e: run.wait(False)
+    for part in ('base weights', 'optimizer', 'batch_size=4, accum=2', 'checkpointing=True', 'paged_adamw8bit', 'checkpoint-2'): assert part in str(e.value)
+    assert isinstance(e.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_free_answers_are_scored_by_the_users_function(tmp_path, smol):
+    from lora_nb.data import chat_data
+    from lora_nb.models import ask
+    model, tok = smol
+    asked = [f'What is {a} plus {a}?' for a in range(1, 7)]
+    data = chat_data([dict(prompt=q, completion='Yes.') for q in asked], tok, val=.4)
+    adapter, seen = add_lora(model, r=2, targets=['q_proj']), []
+    try:
+        run = Trainer(model, data, out=tmp_path/'r', epochs=1, batch_size=4, score=lambda answer, s: seen.append((s.row, answer)) or len(answer)).fit()
+        assert [r for r, _ in seen] == [s.row for s in data.val]*len(run.evals)
+        assert run.evals.score.iloc[0] == pytest.approx(sum(len(a) for _, a in seen[:len(data.val)])/len(data.val))
+        table = score_answers(model, tok, data.val, lambda a, s: a == seen[-1][1])
+        assert table.question.tolist() == [asked[s.row] for s in data.val] and table.answer.tolist() == ask(model, tok, table.question.tolist()) and table.score.iloc[-1] == 1
+    finally: adapter.remove()
+    prose = chat_data([dict(text='Some prose, and no chat.')]*4, tok, val=.5)
+    with pytest.raises(ValueError, match='no chats'): score_answers(model, tok, prose.val, len)
 
 
 def test_packed_training_learns_from_every_sample_once_an_epoch(tmp_path):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_live_qlora_learns(tmp_path):
     folder = tmp_path/'lab'
     subprocess.run([sys.executable, '-c', f'from lora_nb.cli import copy_tutorials; copy_tutorials({str(folder)!r})'], check=True)
-    out = subprocess.run([sys.executable, '-m', 'lora_nb.cli', 'run', str(folder/'tutorials/01_live_qlora.ipynb')], capture_output=True, text=True, timeout=2400)
+    out = subprocess.run([str(Path(sys.executable).with_name('lora-nb')), 'run', str(folder/'tutorials/01_live_qlora.ipynb')], capture_output=True, text=True, timeout=2400)
     print(out.stdout[-4000:])
     assert out.returncode == 0, out.stdout[-3000:]+out.stderr[-3000:]
     before, after, train = map(int, re.search(r'held-out answers\s+(\d+)% right before, (\d+)% after \((\d+)% of', out.stdout).groups())
