@@ -4,27 +4,28 @@
 
 # %% auto #0
 __all__ = ['MARK', 'SHAREGPT', 'READERS', 'SHAPES', 'DataError', 'render', 'answer_region', 'answer_spans', 'Sample',
-           'encode_chat', 'as_messages', 'read_rows', 'encode_text', 'split_rows', 'ChatData', 'encode_row',
-           'chat_data', 'preview', 'Preview', 'batch_order', 'collate', 'pack_order', 'collate_packed', 'right_answer']
+           'encode_chat', 'as_messages', 'read_rows', 'encode_text', 'split_sample', 'split_rows', 'ChatData',
+           'encode_row', 'chat_data', 'preview', 'Preview', 'batch_order', 'collate', 'pack_order', 'collate_packed',
+           'right_answer']
 
-# %% ../nbs/api/07_data.ipynb #9f225161
+# %% ../nbs/api/07_data.ipynb #67895fbb
 import csv,html,json,os,random,re
-from dataclasses import dataclass,field
+from dataclasses import dataclass,field,replace
 from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
-# %% ../nbs/api/07_data.ipynb #6aa7b656
+# %% ../nbs/api/07_data.ipynb #3f326312
 class DataError(ValueError): "What is wrong with a training sample, with the file and line where there is one."
 
-# %% ../nbs/api/07_data.ipynb #bf6ce432
+# %% ../nbs/api/07_data.ipynb #c5cb9372
 def render(tok, messages, **kwargs)->str:
     "The chat as the tokenizer's template writes it. Raises DataError with the template's own complaint."
     try: return tok.apply_chat_template(messages, tokenize=False, **kwargs)
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
         raise DataError(f"The chat template refuses this chat: {type(e).__name__}: {e}. Roles are {[m.get('role') for m in messages]}.") from None
 
-# %% ../nbs/api/07_data.ipynb #e056c1e6
+# %% ../nbs/api/07_data.ipynb #d31a7643
 MARK = '\ue000\ue001\ue002'
 
 def answer_region(
@@ -38,7 +39,7 @@ def answer_region(
     if MARK not in marked or b<=a: raise DataError(f"The chat template leaves out turn {i}, an answer. Give one answer per sample, or use labels='all'.")
     return a,b
 
-# %% ../nbs/api/07_data.ipynb #7772a4da
+# %% ../nbs/api/07_data.ipynb #7cbcb57e
 def answer_spans(
     tok,           # a tokenizer with a chat template
     messages:list  # dicts with 'role' and 'content'
@@ -63,7 +64,7 @@ def answer_spans(
         spans.append((a, b))
     return text,spans
 
-# %% ../nbs/api/07_data.ipynb #51eeddda
+# %% ../nbs/api/07_data.ipynb #ef29a980
 @dataclass
 class Sample:
     "One training sequence."
@@ -76,7 +77,7 @@ class Sample:
     @property
     def n_labels(self): return sum(l!=-100 for l in self.labels[1:])
 
-# %% ../nbs/api/07_data.ipynb #5a5d7773
+# %% ../nbs/api/07_data.ipynb #6fe87a86
 def encode_chat(
     tok,               # a fast tokenizer with a chat template
     messages:list,     # dicts with 'role' and 'content'
@@ -96,7 +97,7 @@ def encode_chat(
         raise DataError(f"No token to learn from: {why}.")
     return s
 
-# %% ../nbs/api/07_data.ipynb #ac665270
+# %% ../nbs/api/07_data.ipynb #d5b02e17
 SHAREGPT = {'human':'user', 'user':'user', 'gpt':'assistant', 'assistant':'assistant', 'chatgpt':'assistant', 'system':'system', 'tool':'tool', 'function_response':'tool'}
 
 def _from_sharegpt(turns):
@@ -106,13 +107,13 @@ def _from_sharegpt(turns):
     if odd: raise DataError(f"'conversations' has turns from {odd}; known are {sorted(SHAREGPT)}")
     return [dict(role=SHAREGPT[t['from']], content=t['value']) for t in turns]
 
-# %% ../nbs/api/07_data.ipynb #ea1ce0ce
+# %% ../nbs/api/07_data.ipynb #a2f51625
 def _from_alpaca(row):
     if not all(isinstance(t, str) for t in (row['instruction'], row.get('input') or '', row['output'])): raise DataError("'instruction', 'input' and 'output' must be text")
     ask = row['instruction']+(f"\n\n{row['input']}" if row.get('input') else '')
     return [dict(role='user', content=ask), dict(role='assistant', content=row['output'])]
 
-# %% ../nbs/api/07_data.ipynb #d71980fe
+# %% ../nbs/api/07_data.ipynb #a63cf453
 def as_messages(row:dict)->list:
     "The chat in a row, whatever of the known shapes it has. Raises DataError naming the fields found."
     if 'messages' in row: ms = row['messages']
@@ -125,7 +126,7 @@ def as_messages(row:dict)->list:
         raise DataError("'messages' must be a list of objects, each with a text 'role' and a text 'content'")
     return ms
 
-# %% ../nbs/api/07_data.ipynb #bfe7bddc
+# %% ../nbs/api/07_data.ipynb #e21592ce
 def _jsonl_rows(path):
     with open(path, encoding='utf-8') as f:
         for n,line in enumerate(f, 1):
@@ -134,7 +135,7 @@ def _jsonl_rows(path):
             except json.JSONDecodeError as e: raise DataError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
             except RecursionError: raise DataError(f"{path}, line {n}: not JSON that can be read (nested too deeply)") from None
 
-# %% ../nbs/api/07_data.ipynb #b3eeedf8
+# %% ../nbs/api/07_data.ipynb #536ae085
 def _csv_rows(path):
     with open(path, encoding='utf-8', newline='') as f:
         rows = csv.reader(f, strict=True)
@@ -148,7 +149,7 @@ def _csv_rows(path):
                 yield f"{path}, line {rows.line_num}",dict(zip(head, r))
         except csv.Error as e: raise DataError(f"{path}, line {rows.line_num}: not CSV ({e})") from None
 
-# %% ../nbs/api/07_data.ipynb #93d5c7f1
+# %% ../nbs/api/07_data.ipynb #5b0f0156
 def _text_rows(path):
     start,lines = 1,[]
     with open(path, encoding='utf-8') as f:
@@ -160,7 +161,7 @@ def _text_rows(path):
                 yield f"{path}, line {start}",dict(text=''.join(lines).strip())
                 lines = []
 
-# %% ../nbs/api/07_data.ipynb #9c6d719b
+# %% ../nbs/api/07_data.ipynb #2dd35eb7
 READERS = {'.jsonl':_jsonl_rows, '.csv':_csv_rows, '.txt':_text_rows}
 
 def read_rows(
@@ -179,7 +180,7 @@ def read_rows(
         if not isinstance(r, dict): raise DataError(f"{where}: a row must be an object with fields, not {type(r).__name__}")
     return rows
 
-# %% ../nbs/api/07_data.ipynb #9f1e34b4
+# %% ../nbs/api/07_data.ipynb #ca42a057
 def encode_text(
     tok, text:str, max_len:int=512, row:int=0, meta:dict|None=None
 )->Sample:
@@ -189,7 +190,19 @@ def encode_text(
     if len(ids)<2: raise DataError("No token to learn from: the text is empty.")
     return Sample(ids[:max_len], ids[:max_len], row, meta or {}, max(0, len(ids)-max_len))
 
-# %% ../nbs/api/07_data.ipynb #a81a85b6
+# %% ../nbs/api/07_data.ipynb #c6f8b496
+def split_sample(
+    s:Sample,    # a text, as `encode_text` makes it
+    max_len:int  # tokens in a piece, at least 3
+)->list:         # of Sample, all of row `s.row`; their tokens in a row are those of `s`
+    "Consecutive pieces of `max_len` tokens, the last one shorter; each has at least two. Raises DataError for a longer chat, which is not split."
+    if len(s)<=max_len: return [s]
+    if 'messages' in s.meta: raise DataError(f"The chat has {len(s)} tokens and max_len is {max_len}; only rows of 'text' can be split. Raise max_len, or use long='cut' or long='drop'.")
+    starts = list(range(0, len(s), max_len))
+    if len(s)%max_len==1: starts[-1] -= 1
+    return [replace(s, input_ids=s.input_ids[a:b], labels=s.labels[a:b]) for a,b in zip(starts, starts[1:]+[len(s)])]
+
+# %% ../nbs/api/07_data.ipynb #d9a501cc
 def split_rows(rows, val, seed):
     "(train, held-out) parts of `rows`, which are (index, where, row). `val` is a share drawn with `seed`, or the column that says 'train' or 'val'."
     if isinstance(val, str):
@@ -203,7 +216,7 @@ def split_rows(rows, val, seed):
     held = set(order[:n])
     return [x for x in rows if x[0] not in held],[x for x in rows if x[0] in held]
 
-# %% ../nbs/api/07_data.ipynb #fb82caf2
+# %% ../nbs/api/07_data.ipynb #a96bcdc3
 @dataclass
 class ChatData:
     "Encoded samples, ready for `Trainer`."
@@ -212,14 +225,16 @@ class ChatData:
     tok:object
     max_len:int
     dropped:int = 0 # samples left out for their length
+    pieces:int = 0  # samples that are pieces of longer texts
     def __repr__(self):
         n,l = sum(map(len, self.train)),sum(s.n_labels for s in self.train)
         cut = sum(s.cut>0 for s in self.train+self.val)
         return (f"{len(self.train)} training and {len(self.val)} held-out samples; {n:,} tokens, {l:,} of them learned from"
                 + (f"; {cut} samples cut to {self.max_len} tokens" if cut else "")
+                + (f"; longer texts split into {self.pieces} pieces of at most {self.max_len} tokens" if self.pieces else "")
                 + (f"; {self.dropped} samples longer than {self.max_len} tokens dropped" if self.dropped else ""))
 
-# %% ../nbs/api/07_data.ipynb #49c075e2
+# %% ../nbs/api/07_data.ipynb #90f4845a
 SHAPES = {'messages','prompt','completion','instruction','input','output','conversations','text'}
 
 def encode_row(tok, row:dict, max_len:int=512, labels:str='answers', index:int=0)->Sample:
@@ -230,31 +245,35 @@ def encode_row(tok, row:dict, max_len:int=512, labels:str='answers', index:int=0
     ms = as_messages(row)
     return encode_chat(tok, ms, max_len, labels, index, meta|dict(messages=ms))
 
-# %% ../nbs/api/07_data.ipynb #ba889f69
+# %% ../nbs/api/07_data.ipynb #85bd078c
 def chat_data(
     source,            # a .jsonl, .csv or .txt path, an iterable of dicts, or a `datasets.Dataset` (streaming too)
     tok,               # the model's tokenizer
     max_len:int=512,   # tokens; what is done with a longer sample, `long` says
     val=0.1,           # share held out, or the column that says 'train' or 'val'
     labels:str='answers', # 'answers' or 'all'
-    long:str='cut',    # 'cut' at the right, or 'drop'; both are counted in the repr
+    long:str='cut',    # 'cut' at the right, 'drop', or 'split' into pieces (rows of 'text' alone); each is counted in the repr
     seed:int=42        # of the draw of held-out rows
 )->ChatData:
     "Rows as labelled token sequences. Raises DataError naming the file and line of the first bad row."
     if labels not in ('answers','all'): raise ValueError(f"labels={labels!r}: expected 'answers' or 'all'")
-    if long not in ('cut','drop'): raise ValueError(f"long={long!r}: expected 'cut' or 'drop'")
-    if max_len<2: raise ValueError(f"max_len={max_len}: expected at least 2 tokens")
+    if long not in ('cut','drop','split'): raise ValueError(f"long={long!r}: expected 'cut', 'drop' or 'split'")
+    least = 3 if long=='split' else 2
+    if max_len<least: raise ValueError(f"max_len={max_len}: expected at least {least} tokens")
     rows = [(i, where, r) for i,(where,r) in enumerate(read_rows(source))]
     def encode(i, where, row):
-        try: return encode_row(tok, row, max_len if long=='cut' else 10**9, labels, i)
+        try:
+            s = encode_row(tok, row, max_len if long=='cut' else 10**9, labels, i)
+            return split_sample(s, max_len) if long=='split' else [s]
         except DataError as e: raise DataError(f"{where}: {e}") from None
     parts = [[encode(*x) for x in part] for part in split_rows(rows, val, seed)]
-    short = [[s for s in part if len(s)<=max_len] for part in parts]
-    dropped = sum(map(len, parts))-sum(map(len, short))
+    short = [[s for ss in part for s in ss if len(s)<=max_len] for part in parts]
+    pieces = sum(len(ss) for part in parts for ss in part if len(ss)>1)
+    dropped = sum(len(ss) for part in parts for ss in part)-sum(map(len, short))
     if not short[0]: raise DataError(f"No sample to train on: {len(rows)} rows, of which {len(parts[1])} are held out (val) and {dropped} are longer than max_len={max_len}.")
-    return ChatData(*short, tok, max_len, dropped)
+    return ChatData(*short, tok, max_len, dropped, pieces)
 
-# %% ../nbs/api/07_data.ipynb #816bead0
+# %% ../nbs/api/07_data.ipynb #b50efd9d
 def preview(
     data:ChatData, # or any object with .train and .tok
     i:int=0        # which training sample
@@ -267,7 +286,7 @@ def preview(
         parts[-1][1].append(t)
     return ''.join(f"⟦{data.tok.decode(ts)}⟧" if on else data.tok.decode(ts) for on,ts in parts)
 
-# %% ../nbs/api/07_data.ipynb #a759b743
+# %% ../nbs/api/07_data.ipynb #6ee2551a
 class Preview:
     "A training sample, displayed with what is learned from in colour; `str()` gives the text with brackets."
     def __init__(self, data, i=0): self.data,self.i = data,i
@@ -279,7 +298,7 @@ class Preview:
         body = ''.join(mark(html.escape(p[1:-1])) if p.startswith('⟦') else html.escape(p) for p in parts)
         return f'<pre style="white-space:pre-wrap" aria-label="training sample; learned tokens are marked">{body}</pre>'
 
-# %% ../nbs/api/07_data.ipynb #9b76764e
+# %% ../nbs/api/07_data.ipynb #771f52d8
 def batch_order(
     lengths:list, batch_size:int, seed:int=42, epoch:int=0,
     window:int=16      # batches that are sorted together
@@ -294,7 +313,7 @@ def batch_order(
     rng.shuffle(batches)
     return batches
 
-# %% ../nbs/api/07_data.ipynb #e07c5d6b
+# %% ../nbs/api/07_data.ipynb #6e644437
 def collate(
     samples:list,   # of Sample
     pad_id:int=0
@@ -304,7 +323,7 @@ def collate(
     pad = lambda xs,v: xs+[v]*(n-len(xs))
     return dict(input_ids=torch.tensor([pad(s.input_ids, pad_id) for s in samples]), labels=torch.tensor([pad(s.labels, -100) for s in samples]))
 
-# %% ../nbs/api/07_data.ipynb #80afc67d
+# %% ../nbs/api/07_data.ipynb #f18c2791
 def pack_order(
     lengths:list, max_len:int, seed:int=42, epoch:int=0
 )->list: # lists of sample indices, each list one row of at most max_len tokens
@@ -318,7 +337,7 @@ def pack_order(
     random.Random(seed*1_000_003+epoch).shuffle(rows)
     return rows
 
-# %% ../nbs/api/07_data.ipynb #099d0527
+# %% ../nbs/api/07_data.ipynb #f90e569a
 def collate_packed(
     rows:list,     # lists of Sample, each list one row
     pad_id:int=0
@@ -331,10 +350,10 @@ def collate_packed(
                 labels=torch.tensor([join([[-100]+s.labels[1:] for s in r], [-100]*k) for r,k in zip(rows, left)]),
                 position_ids=torch.tensor([join([range(len(s)) for s in r], list(range(k))) for r,k in zip(rows, left)]))
 
-# %% ../nbs/api/07_data.ipynb #f5bd3b71
+# %% ../nbs/api/07_data.ipynb #cd077c92
 def _words(text): return ' '+' '.join(re.findall(r'[^\W_]+(?:\.\d+)?', text.lower()))+' '
 
-# %% ../nbs/api/07_data.ipynb #40bdbc9f
+# %% ../nbs/api/07_data.ipynb #ce29acb5
 def right_answer(
     answer:str,  # free text
     terms:list   # key terms, each with alternatives divided by '|'

@@ -231,3 +231,43 @@ def test_padding_carries_no_label(tok):
     ('slow rank adaptation', ['low-rank'], False), ('adaptations', ['adaptation'], False), ('adaptations', ['adaptation|adaptations'], True),
     ('it saves 0.373 bits', ['0.373'], True), ('it saves 10.373 bits', ['0.373'], False), ('', ['x'], False)])
 def test_right_answer(answer, terms, right): assert right_answer(answer, terms) is right
+
+
+# Text longer than max_len, split into consecutive pieces.
+WORDS = 'one two three four five six seven eight nine ten'
+
+
+@given(st.integers(3, 40), st.lists(st.sampled_from((WORDS+' <|im_end|> \n\n été 日本語').split(' ')), max_size=120))
+def test_the_pieces_of_a_text_are_the_text(tok, max_len, words):
+    from lora_nb.data import encode_text, split_sample
+    whole = encode_text(tok, ' '.join(['one', *words]), 10**9, row=7, meta=dict(page=3))
+    pieces = split_sample(whole, max_len)
+    assert sum((p.input_ids for p in pieces), []) == whole.input_ids == sum((p.labels for p in pieces), [])
+    assert all(2 <= len(p) <= max_len and p.n_labels and p.row == 7 and p.meta == dict(page=3) and p.cut == 0 for p in pieces)
+    assert all(len(p) == max_len for p in pieces[:-2]) and len(pieces) == -(-len(whole)//max_len)
+
+
+def test_a_file_of_prose_is_split_and_nothing_is_lost(tok, tmp_path):
+    paragraphs = [f'{i} '+' '.join([WORDS]*n) for i, n in enumerate((1, 30, 7, 19))]
+    (tmp_path/'a.txt').write_text('\n\n'.join(paragraphs))
+    d = chat_data(tmp_path/'a.txt', tok, max_len=32, val=0, long='split')
+    joined = {row: tok.decode([t for s in d.train if s.row == row for t in s.input_ids]) for row in range(4)}
+    assert joined == {i: p+'<|im_end|>' for i, p in enumerate(paragraphs)}
+    assert not [s for s in d.train if s.cut] and f'longer texts split into {len(d.train)-1} pieces of at most 32 tokens' in repr(d)
+
+
+def test_all_pieces_of_a_text_lie_on_one_side(tok):
+    rows = [dict(text=f'{i} '+' '.join([WORDS]*5)) for i in range(12)]
+    d = chat_data(rows, tok, max_len=16, val=.25, long='split')
+    assert len({s.row for s in d.val}) == 3 and len({s.row for s in d.train}) == 9 and len(d.val) > 9
+    assert not {s.row for s in d.train} & {s.row for s in d.val}
+    assert repr(chat_data(rows, tok, max_len=512, val=.25, long='split')) == repr(chat_data(rows, tok, max_len=512, val=.25))
+
+
+def test_a_long_chat_is_not_split(tok):
+    long = {'prompt': 'q', 'completion': 'word '*100}
+    d = chat_data([ROW, {'text': 'word '*100}], tok, max_len=64, val=0, long='split')
+    assert learned(tok, d.train[0]) == 'b<|im_end|>' and len(d.train) > 2
+    with pytest.raises(DataError, match="row 1: The chat has .* tokens and max_len is 64; only rows of 'text' can be split"): chat_data([ROW, long], tok, max_len=64, val=0, long='split')
+    with pytest.raises(ValueError, match="long='slice': expected 'cut', 'drop' or 'split'"): chat_data([ROW], tok, val=0, long='slice')
+    with pytest.raises(ValueError, match='max_len=2: expected at least 3'): chat_data([ROW], tok, max_len=2, val=0, long='split')
