@@ -7,15 +7,16 @@ __all__ = ['SCALINGS', 'INITS', 'alpha_over_r', 'rslora', 'kaiming', 'gaussian',
            'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding', 'LoRAConv2d', 'Own',
            'OwnTensors', 'embedding_rows', 'head_rows', 'OwnRows']
 
-# %% ../nbs/api/04_lora.ipynb #7be61dbd
+# %% ../nbs/api/04_lora.ipynb #06332fe9
 import math
 from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
+from .quantize import patch_to
 
-# %% ../nbs/api/04_lora.ipynb #152a3393
+# %% ../nbs/api/04_lora.ipynb #6046ce02
 def alpha_over_r(
     alpha:float, # loudness of the update; PEFT's `lora_alpha`
     r:int        # rank
@@ -32,7 +33,7 @@ def rslora(
 
 SCALINGS = {'alpha/r': alpha_over_r, 'rslora': rslora}
 
-# %% ../nbs/api/04_lora.ipynb #57d259c2
+# %% ../nbs/api/04_lora.ipynb #12d5dcb5
 def kaiming(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), float32
     "A uniform in ±1/√in, as `nn.Linear` starts; B zero (PEFT's `init_lora_weights=True`)."
     bound = 1/math.sqrt(layer.in_features)
@@ -46,7 +47,7 @@ def zero_start(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
     "Both zero: room for tensors that are read from a file. It cannot learn from here."
     return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
 
-# %% ../nbs/api/04_lora.ipynb #c6c16e76
+# %% ../nbs/api/04_lora.ipynb #6f9a92aa
 def _weight_for(layer, r, what):
     if r > (most := min(layer.in_features, layer.out_features)):
         raise ValueError(f"init='{what}' takes r directions of a W {(layer.out_features, layer.in_features)}, which has {most}; "
@@ -67,7 +68,7 @@ def olora(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
 
 INITS:dict[str,Callable] = {'kaiming': kaiming, 'gaussian': gaussian, 'pissa': pissa, 'olora': olora, 'zeros': zero_start}
 
-# %% ../nbs/api/04_lora.ipynb #53361b38
+# %% ../nbs/api/04_lora.ipynb #7f716b6e
 def weight_2d(
     base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
 )->Tensor:         # W (out, in), detached; a 4-bit base is dequantised
@@ -80,13 +81,7 @@ def weight_2d(
     W = base.weight.detach()
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W
 
-# %% ../nbs/api/04_lora.ipynb #39857962
-def patch_to(cls):
-    "Decorator: make the function below a method of `cls`."
-    def put(f): setattr(cls, f.__name__, f)
-    return put
-
-# %% ../nbs/api/04_lora.ipynb #30bdf367
+# %% ../nbs/api/04_lora.ipynb #70d0433c
 def _check(name, r, alpha, dropout, scaling, init):
     if not isinstance(name, str) or not name or '.' in name:
         raise ValueError(f'An adapter is named by a string without dots; given {name!r}.')
@@ -96,7 +91,7 @@ def _check(name, r, alpha, dropout, scaling, init):
     if scaling not in SCALINGS: raise ValueError(f'No scaling {scaling!r}. There are: {", ".join(SCALINGS)}.')
     if init not in INITS: raise ValueError(f'No init {init!r}. There are: {", ".join(INITS)}.')
 
-# %% ../nbs/api/04_lora.ipynb #562eaf2b
+# %% ../nbs/api/04_lora.ipynb #653a5075
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates beside it: y = base(x) + s·(dropout(x) Aᵀ) Bᵀ, for each active adapter.
 
@@ -120,7 +115,6 @@ class LoRALinear(nn.Module):
         return (r, inp),(out, r),(out,)
     def weight_2d(self): return weight_2d(self.base)
     def start(self, init, r, scaling): return INITS[init](self, r, scaling)
-    def _can_dora(self): pass
 
     @property
     def weight(self): return self.base.weight
@@ -155,12 +149,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{n}: r={len(A)}' for n,A in self.A.items())
 
-# %% ../nbs/api/04_lora.ipynb #6edc6966
+# %% ../nbs/api/04_lora.ipynb #7dc360ff
 def add_update(layer, name, x, y):
     "y + ΔW x: LoRA's own way to join the base's output `y (…, out)`."
     return y + layer.update(name, x)
 
-# %% ../nbs/api/04_lora.ipynb #6034b831
+# %% ../nbs/api/04_lora.ipynb #8beb3fc2
 @torch.no_grad()
 def _place(layer, name, A, B):
     "Make A and B this layer's parameters, on the base's device; keep a copy of a start whose product is not zero."
@@ -185,7 +179,6 @@ def add(self,
     if name in self.A: raise ValueError(f'This layer has an adapter {name!r} already (it has: {", ".join(self.A)}). Remove it first or choose another name.')
     s = SCALINGS[scaling](alpha, r)
     start = self.start(init, r, s)
-    if dora: self._can_dora()
     _place(self, name, *start)
     self.scaling[name],self.alpha[name],self.dropout[name],self.how[name] = s,alpha,dropout,add_update
     if dora: _start_magnitude(self, name)
@@ -200,7 +193,7 @@ def drop_adapter(self, name:str):
         if name in d: del d[name]
     if name in self.active: self.active.remove(name)
 
-# %% ../nbs/api/04_lora.ipynb #36fce4ca
+# %% ../nbs/api/04_lora.ipynb #ccbaeee4
 @patch_to(LoRALinear)
 @torch.no_grad()
 def factors(self, name:str='default'
@@ -218,7 +211,7 @@ def delta(self, name:str='default'
     A,B = self.factors(name)
     return self.scaling[name]*(B @ A)
 
-# %% ../nbs/api/04_lora.ipynb #5358aca4
+# %% ../nbs/api/04_lora.ipynb #88cccba5
 def thin_svd(
     A:Tensor, # (…, k, in)
     B:Tensor  # (…, out, k)
@@ -229,7 +222,7 @@ def thin_svd(
     U,S,Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     return Qb @ U, S, Vh @ Qa.mT
 
-# %% ../nbs/api/04_lora.ipynb #9fb406ad
+# %% ../nbs/api/04_lora.ipynb #6836b4b7
 @patch_to(LoRALinear)
 @torch.no_grad()
 def row_norm(self, name:str='default'
@@ -253,7 +246,7 @@ def _start_magnitude(layer, name):
     layer.m[name] = nn.Parameter(layer.row_norm(name))
     layer.how[name] = dora_update
 
-# %% ../nbs/api/04_lora.ipynb #a6ac7ea8
+# %% ../nbs/api/04_lora.ipynb #65bc401b
 @patch_to(LoRALinear)
 @torch.no_grad()
 def merged(self,
@@ -267,13 +260,13 @@ def merged(self,
         if n in self.m: W *= (self.m[n]/self.row_norm(n))[:,None].to(W.dtype)
     return W
 
-# %% ../nbs/api/04_lora.ipynb #f54e73e5
+# %% ../nbs/api/04_lora.ipynb #b3047bff
 class LoRAConv1D(LoRALinear):
     "`LoRALinear` over transformers' `Conv1D`, whose weight is stored (in, out)."
     @staticmethod
     def _features_of(base): return base.weight.shape[1],base.weight.shape[0]
 
-# %% ../nbs/api/04_lora.ipynb #4a218118
+# %% ../nbs/api/04_lora.ipynb #b1d8e5e6
 class LoRAEmbedding(LoRALinear):
     """`nn.Embedding` with low-rank updates: y = base(ids) + s·A[:, ids]ᵀ Bᵀ; `A (r, vocabulary)`, `B (dim, r)`.
 
@@ -289,9 +282,9 @@ class LoRAEmbedding(LoRALinear):
         if init=='zeros': return zero_start(self, r, s)
         if init not in ('kaiming', 'gaussian'): raise ValueError(f"init={init!r} is for linear layers; an embedding takes 'kaiming'. Leave embeddings out of `targets`, or change init.")
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r)
-    def _can_dora(self): raise ValueError('DoRA is built for linear layers; leave embeddings out of `targets`, or use dora=False.')
+    def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
 
-# %% ../nbs/api/04_lora.ipynb #60d8e78c
+# %% ../nbs/api/04_lora.ipynb #28094dc5
 class LoRAConv2d(LoRALinear):
     "`LoRALinear` over `nn.Conv2d`: A (r, in·kh·kw) acts as a convolution of the base's stride, padding and dilation, B (out, r) as a 1×1 one."
     def __init__(self, base):
@@ -308,7 +301,7 @@ class LoRAConv2d(LoRALinear):
     def to_output(self, v): return v[:,None,None]
     def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
 
-# %% ../nbs/api/04_lora.ipynb #2d76f17d
+# %% ../nbs/api/04_lora.ipynb #95c32e73
 class Own(nn.Module):
     "A module beside which adapters hold tensors of their own; `active` names those that take part. Other attributes are the base's."
     def __init__(self, base):
@@ -323,7 +316,7 @@ class Own(nn.Module):
         "The adapter whose tensors count now; None in a batch whose rows have their own adapters."
         return None if self.rows is not None else next((n for n in reversed(self.active) if self.holds(n)), None)
 
-# %% ../nbs/api/04_lora.ipynb #5ae00c93
+# %% ../nbs/api/04_lora.ipynb #cc7b5fea
 class OwnTensors(Own):
     """The base, run with an adapter's own copies of some of its parameters (and, for a whole module, buffers).
 
@@ -362,7 +355,7 @@ class OwnTensors(Own):
         mine = {pre+k: t.to(base.get_parameter(k).dtype) if isinstance(t, nn.Parameter) else t for k,t in self.tensors(n).items()}
         return torch.func.functional_call(self.base, mine, args, kwargs)
 
-# %% ../nbs/api/04_lora.ipynb #a6b5371d
+# %% ../nbs/api/04_lora.ipynb #c005e9d1
 def embedding_rows(base, ids, y, rows, index):
     "y = base(ids) with `rows (k, dim)` in the places of the token ids `index (k,)`."
     place = torch.full((base.num_embeddings,), -1, device=ids.device).index_put_((index,), torch.arange(len(index), device=ids.device))
@@ -415,7 +408,7 @@ class OwnRows(Own):
         h = self.holder()
         return (embedding_rows if isinstance(base, nn.Embedding) else head_rows)(base, x, y, h.row[n], h.index._buffers[n])
 
-# %% ../nbs/api/04_lora.ipynb #f8421897
+# %% ../nbs/api/04_lora.ipynb #649fbd2e
 @patch_to(LoRALinear)
 def _by_row(self, x, y):
     if len(self.rows) != len(x):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4', 'dynamic_map', 'QuantizedTensor', 'quantize']
 
-# %% ../nbs/api/02_quantize.ipynb #5c91c3b6
+# %% ../nbs/api/02_quantize.ipynb #12f12407
 import ctypes, json, math, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from .codebook import Codebook, nf4, fp4, int4
 
-# %% ../nbs/api/02_quantize.ipynb #2e4d54a7
+# %% ../nbs/api/02_quantize.ipynb #b7694b94
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
@@ -34,7 +34,7 @@ class QuantConfig:
         scale = 8 + 32/NESTED_BLOCKSIZE if self.double else 32
         return 4 + scale/self.blocksize
 
-# %% ../nbs/api/02_quantize.ipynb #774723fb
+# %% ../nbs/api/02_quantize.ipynb #92877d80
 def NF4(blocksize:int=64, double:bool=False)->QuantConfig:
     "4-bit NormalFloat. `double`: quantise the scales too."
     return QuantConfig(nf4, blocksize, double)
@@ -47,7 +47,7 @@ def INT4(blocksize:int=64, double:bool=False)->QuantConfig:
     "Symmetric 4-bit integers, -7 to 7 times absmax/7. `double`: quantise the scales too."
     return QuantConfig(int4, blocksize, double)
 
-# %% ../nbs/api/02_quantize.ipynb #c57a4eed
+# %% ../nbs/api/02_quantize.ipynb #11025b45
 @lru_cache(maxsize=256)
 def _bins(book, device):
     "Scale h, shift c, borders below bin trunc(h·x + c) (uint8), the border inside it (float32, 2 where none); None if the levels lie too close."
@@ -74,7 +74,7 @@ def _ranks(
     rank += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
     return rank
 
-# %% ../nbs/api/02_quantize.ipynb #43252dfb
+# %% ../nbs/api/02_quantize.ipynb #0109d7bf
 def _bad_weights(weight, name):
     n, inf = int(torch.isnan(weight).sum()), int(torch.isinf(weight).sum())
     return ValueError(f"{name or 'weight'} {tuple(weight.shape)}: {n} NaN and {inf} infinite of {weight.numel()} values. "
@@ -94,13 +94,22 @@ def _pack(x, book, out):
     if (codes := _recode(book, str(x.device))) is None: out.copy_(byte)
     else: torch.index_select(codes, 0, byte.int(), out=out)
 
-_CHUNK = 2**15  # torch runs an operation on this many elements without waking its own threads
+_CHUNK = 2**18  # elements at a time: few enough for a processor's cache, enough that Python's share of the time is small
 
-def _each_chunk(fn, n, chunk, device):
-    "fn(i) for i in range(0, n, chunk): on a CPU in as many threads as torch may use, elsewhere in one."
-    starts, workers = range(0, n, chunk), torch.get_num_threads()
-    if device.type != "cpu" or workers == 1 or len(starts) < 4: return [fn(i) for i in starts]
-    with ThreadPoolExecutor(min(workers, len(starts))) as pool: return list(pool.map(fn, starts))
+def _alone():
+    "From now on torch's operations in this thread run on it alone. torch counts by OpenMP, where the number belongs to the calling thread."
+    torch.get_num_threads()  # torch sets its own number on first use
+    try: ctypes.CDLL(None).omp_set_num_threads(1)
+    except (AttributeError, OSError, TypeError): pass
+
+def _each_chunk(fn, n, device):
+    "fn(start, size) for the pieces of n elements: on a CPU in as many threads as torch may use, elsewhere in one."
+    size, workers, inference = _CHUNK if device.type == "cpu" else 2**26, torch.get_num_threads(), torch.is_inference_mode_enabled()
+    starts = range(0, n, size)
+    def work(i):
+        with torch.inference_mode(inference): fn(i, size)
+    if device.type != "cpu" or workers == 1 or n <= 2**15: return [fn(i, size) for i in starts]
+    with ThreadPoolExecutor(min(workers, len(starts)), initializer=_alone) as pool: list(pool.map(work, starts))
 
 def _quantize_torch(
     flat:torch.Tensor,  # (n,) contiguous, float32, bfloat16 or float16
@@ -111,14 +120,13 @@ def _quantize_torch(
     n, full = flat.numel(), flat.numel()//blocksize
     packed = torch.empty((n+1)//2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n//blocksize), dtype=torch.float32, device=flat.device)
-    blocks, rows = flat[:full*blocksize].view(full, blocksize), (_CHUNK if flat.device.type == "cpu" else 2**26)//blocksize
-    def some(i):
-        b = blocks[i:i+rows].float()
-        m = torch.amax(b.abs(), 1, out=absmax[i:min(i+rows, full)])
+    def some(i, size):
+        b = flat[i:min(i+size, full*blocksize)].float().view(-1, blocksize)
+        m = torch.amax(b.abs(), 1, out=absmax[i//blocksize:i//blocksize+len(b)])
         if not torch.isfinite(m).all(): raise _bad_weights(flat, None)
         x = torch.mul(b, (1/m.clamp(min=1e-38))[:,None])
-        _pack(x.view(-1), book, packed[i*blocksize//2:(i*blocksize + x.numel())//2])
-    _each_chunk(some, full, rows, flat.device)
+        _pack(x.view(-1), book, packed[i//2:(i+x.numel())//2])
+    _each_chunk(some, full*blocksize, flat.device)
     if n > full*blocksize:
         rest = flat[full*blocksize:].float()
         m = rest.abs().max().clamp(min=1e-38)
@@ -127,7 +135,7 @@ def _quantize_torch(
         _pack(torch.nn.functional.pad(rest/m, (0, len(rest) % 2)), book, packed[full*blocksize//2:])
     return packed, absmax
 
-# %% ../nbs/api/02_quantize.ipynb #33f09514
+# %% ../nbs/api/02_quantize.ipynb #020c9e69
 @lru_cache(maxsize=8)
 def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, from -0.993 to 1
     "The signed dynamic 8-bit type (arXiv 1511.04561): decade i below 1 holds 2**(6-i) steps on each side of 0, and 0 and 1 are added."
@@ -137,7 +145,7 @@ def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, fr
         half += (10**(i-6)*((edges[:-1] + edges[1:])/2)).tolist()
     return torch.tensor(sorted(half + [-v for v in half] + [0., 1.]), dtype=torch.float32).to(device)
 
-# %% ../nbs/api/02_quantize.ipynb #a65fc7ad
+# %% ../nbs/api/02_quantize.ipynb #e627786f
 @lru_cache(maxsize=8)
 def _scale_cells(device):
     "(65536,) uint8: the code of `dynamic_map` nearest to the middle of each cell of [-1, 1]."
@@ -156,18 +164,18 @@ def _quantize_scales(
         return *torch.ops.bitsandbytes.quantize_blockwise(scales - offset, dynamic_map(str(scales.device)), NESTED_BLOCKSIZE), offset
     codes, absmax = torch.empty(n, dtype=torch.uint8, device=scales.device), torch.empty(-(-n//NESTED_BLOCKSIZE), device=scales.device)
     cells = _scale_cells(str(scales.device))
-    def some(i):
-        x = scales[i:i+_CHUNK] - offset
+    def some(i, size):
+        x = scales[i:i+size] - offset
         x = torch.nn.functional.pad(x, (0, -len(x) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
         m = torch.amax(x.abs(), 1, out=absmax[i//NESTED_BLOCKSIZE:i//NESTED_BLOCKSIZE+len(x)])
         v = (x*(1/m)[:,None]).nan_to_num_(nan=-1., posinf=1., neginf=-1.).clamp_(-1, 1)
         code = cells.index_select(0, ((v+1)*.5*65535 + .5).int().view(-1)).view(x.shape)
         code[m == 0] = 0
-        codes[i:i+_CHUNK] = code.view(-1)[:n-i]
-    _each_chunk(some, n, _CHUNK, scales.device)
+        codes[i:i+size] = code.view(-1)[:n-i]
+    _each_chunk(some, n, scales.device)
     return codes, absmax, offset
 
-# %% ../nbs/api/02_quantize.ipynb #806fa1f4
+# %% ../nbs/api/02_quantize.ipynb #2642144a
 @lru_cache(maxsize=256)
 def _pairs(book, device):
     "(256,) int64; each holds the two float32 levels of a byte, the high nibble's first in memory."
@@ -183,18 +191,17 @@ def _dequantize_torch(
 )->torch.Tensor:         # out
     "The reference: out[i] = level[code i]·scale[i // blocksize], multiplied in float32, then rounded to out's dtype."
     pairs, n = _pairs(book, str(packed.device)), out.numel()
-    chunk = _CHUNK if packed.device.type == "cpu" else 2**26
-    def some(i):
-        v = pairs.index_select(0, packed[i//2:(i+chunk+1)//2].int()).view(torch.float32)[:n-i]
-        s = scales[i//blocksize:-(-min(i+chunk, n)//blocksize)]
+    def some(i, size):
+        v = pairs.index_select(0, packed[i//2:(i+size+1)//2].int()).view(torch.float32)[:n-i]
+        s = scales[i//blocksize:-(-min(i+size, n)//blocksize)]
         full = v.numel()//blocksize
         body, rest = v[:full*blocksize].view(full, blocksize), v[full*blocksize:]
         out[i:i+full*blocksize].view(full, blocksize).copy_(body.mul_(s[:full,None]))
         if rest.numel(): out[i+full*blocksize:i+v.numel()].copy_(rest*s[-1])
-    _each_chunk(some, n, chunk, packed.device)
+    _each_chunk(some, n, packed.device)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #f49ea52c
+# %% ../nbs/api/02_quantize.ipynb #5d8dc2e4
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def _call(fn, *args): fn(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in args))
@@ -216,7 +223,7 @@ def _kernel(book, dtype):
     want = _dequantize_torch(packed, scales, book, 128, torch.empty(1024, dtype=dtype))
     return _native(f"cdequantize_blockwise_cpu_{book.name}_{_TYPES[dtype]}", want, packed, scales, None, 128, 8, 128)
 
-# %% ../nbs/api/02_quantize.ipynb #53f48a48
+# %% ../nbs/api/02_quantize.ipynb #0033a75b
 def _dequantize(
     packed:torch.Tensor, # (ceil(n/2), 1) uint8
     scales:torch.Tensor, # (blocks,) float32
@@ -236,7 +243,7 @@ def _dequantize(
     elif n: _dequantize_torch(packed, scales, book, blocksize, out)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #90a56de5
+# %% ../nbs/api/02_quantize.ipynb #0981c44f
 def _dequantize_scales_torch(codes, nested_absmax, table):
     v, full = table.index_select(0, codes.int()), codes.numel()//NESTED_BLOCKSIZE*NESTED_BLOCKSIZE
     v[:full].view(-1, NESTED_BLOCKSIZE).mul_(nested_absmax[:full//NESTED_BLOCKSIZE,None])
@@ -261,7 +268,7 @@ def _dequantize_scales(
     else: out = _dequantize_scales_torch(codes, nested_absmax, table)
     return out.add_(offset)
 
-# %% ../nbs/api/02_quantize.ipynb #ca6b9eaf
+# %% ../nbs/api/02_quantize.ipynb #6b5cfda4
 def _new(shape, dtype, device):
     "An uninitialised tensor; on Linux a large one in pages of 2 MiB, which the system hands out faster than 4 KiB ones."
     t = torch.empty(shape, dtype=dtype, device=device)
@@ -271,7 +278,7 @@ def _new(shape, dtype, device):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t((t.data_ptr()+size-start)//page*page), 14)  # MADV_HUGEPAGE; a refusal does no harm
     return t
 
-# %% ../nbs/api/02_quantize.ipynb #7a7f871e
+# %% ../nbs/api/02_quantize.ipynb #5e21879c
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     "A tensor in 4 bits, in bitsandbytes' layout. Made by `quantize` or `QuantizedTensor.from_state_dict`."
@@ -324,80 +331,93 @@ class QuantizedTensor:
         "8·nbytes/numel: this tensor's own figure, with blocks that are not full and the 4 bytes of the offset."
         return 8*self.nbytes/self.numel() if self.numel() else 0.
 
-    def dequantize(self,
-        dtype:torch.dtype=None, # None: the dtype that was quantised
-        out:torch.Tensor=None   # contiguous, of this shape, to write to; None: a new one
-    )->torch.Tensor:            # the shape that was quantised
-        "level·scale for each weight, multiplied in float32 and rounded once to `dtype`."
-        if out is None: out = _new(self.shape, dtype or self.dtype, self.device)
-        elif out.shape != self.shape or not out.is_contiguous() or out.device != self.device or (dtype or out.dtype) != out.dtype:
-            raise ValueError(f"dequantize(out=): got {tuple(out.shape)} {out.dtype} on {out.device}, expected a contiguous {tuple(self.shape)} {dtype or out.dtype} on {self.device}.")
-        _dequantize(self.packed, self.scales, self.codebook, self.blocksize, out.view(-1))
-        return out
-
-    def error(self,
-        weight:torch.Tensor # what was quantised
-    )->float:
-        "‖Ŵ - W‖ / ‖W‖, the relative error (root mean square); 0 for a zero or empty weight."
-        if weight.shape != self.shape: raise ValueError(f"error: got a weight of shape {tuple(weight.shape)}, this tensor's is {tuple(self.shape)}.")
-        w = weight.detach().float()
-        norm = w.norm().item() if w.numel() else 0.
-        return (self.dequantize(torch.float32) - w).norm().item()/norm if norm else 0.
-
-    def to(self, device)->"QuantizedTensor":
-        "The same tensor on another device; self if it is there already."
-        device = torch.device(device)
-        if device == self.device: return self
-        return replace(self, **{k: t.to(device) for k in ("packed", "absmax", "nested_absmax", "offset", "nested_map") if (t := getattr(self, k)) is not None})
-
-    def state_dict(self, prefix:str="weight")->dict:
-        "Tensors by bitsandbytes' key names: `prefix` for the codes, `prefix.absmax`, `prefix.quant_map`, and so on. They share memory with this one."
-        sd = {"absmax": self.absmax, "quant_map": self.codebook.table(self.device).clone()}
-        facts = dict(quant_type=self.codebook.name, blocksize=self.blocksize, dtype=str(self.dtype).removeprefix("torch."), shape=list(self.shape))
-        if self.nested_absmax is not None:
-            table = dynamic_map(str(self.device)).clone() if self.nested_map is None else self.nested_map
-            sd.update(nested_absmax=self.nested_absmax, nested_quant_map=table)
-            facts.update(nested_blocksize=NESTED_BLOCKSIZE, nested_dtype="float32", nested_offset=self.offset.item())
-        maker = "bitsandbytes" if self.codebook.name in ("nf4", "fp4") else "lora_nb"
-        sd[f"quant_state.{maker}__{self.codebook.name}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-        return {prefix: self.packed, **{f"{prefix}.{k}": t for k, t in sd.items()}}
-
-    @classmethod
-    def from_state_dict(cls,
-        sd:dict,            # a checkpoint's tensors; others than this weight's are ignored
-        prefix:str="weight"
-    )->"QuantizedTensor":
-        "The inverse of `state_dict`, for checkpoints of bitsandbytes and of ours. Raises ValueError where something is missing or does not fit."
-        part = {k[len(prefix)+1:]: t for k, t in sd.items() if k.startswith(prefix + ".")}
-        facts = [k for k in part if k.startswith("quant_state.")]
-        if prefix not in sd or len(facts) != 1:
-            got = f"dtype {sd[prefix].dtype}, shape {tuple(sd[prefix].shape)}, and the parts {sorted(part)}" if prefix in sd else "no such key"
-            raise ValueError(f"{prefix}: {got}; expected 4-bit codes with one {prefix}.quant_state.* beside them. A weight that is not in 4 bits goes through quantize(weight, NF4()).")
-        try:
-            f = json.loads(bytes(part[facts[0]].cpu().tolist()))
-            book = _book(f["quant_type"], part["quant_map"])
-            packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"].contiguous()
-            nested = offset = table = None
-            if "nested_absmax" in part:
-                if f["nested_blocksize"] != NESTED_BLOCKSIZE: raise ValueError(f"nested_blocksize {f['nested_blocksize']}, expected {NESTED_BLOCKSIZE}")
-                nested, table = part["nested_absmax"].float().contiguous(), part["nested_quant_map"].float().contiguous()
-                offset = torch.tensor(float(f["nested_offset"]), device=packed.device)
-                if torch.equal(table, dynamic_map(str(table.device))): table = None
-            else: absmax = absmax.float()
-            return cls(packed, absmax, torch.Size(f["shape"]), getattr(torch, f["dtype"]), QuantConfig(book, f["blocksize"], nested is not None), nested, offset, table)
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as e:
-            what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
-            raise ValueError(f"{prefix}: not a 4-bit checkpoint that can be read: {what}. Parts found: {sorted(part)}.") from e
-
     def __repr__(self):
         double = ", double" if self.config.double else ""
         return f"QuantizedTensor({self.codebook.name}, {'×'.join(map(str, self.shape)) or 'scalar'}, blocksize {self.blocksize}{double}, {self.bits_per_param:.3f} bits a weight, {self.device})"
+
+# %% ../nbs/api/02_quantize.ipynb #e0436544
+def patch_to(cls):
+    "Decorator: make the function below a method of `cls`."
+    def put(f): setattr(cls, f.__name__, f)
+    return put
+
+# %% ../nbs/api/02_quantize.ipynb #f8e378f8
+@patch_to(QuantizedTensor)
+def dequantize(self,
+    dtype:torch.dtype=None, # None: the dtype that was quantised
+    out:torch.Tensor=None   # contiguous, of this shape, to write to; None: a new one
+)->torch.Tensor:            # the shape that was quantised
+    "level·scale for each weight, multiplied in float32 and rounded once to `dtype`."
+    if out is None: out = _new(self.shape, dtype or self.dtype, self.device)
+    elif out.shape != self.shape or not out.is_contiguous() or out.device != self.device or (dtype or out.dtype) != out.dtype:
+        raise ValueError(f"dequantize(out=): got {tuple(out.shape)} {out.dtype} on {out.device}, expected a contiguous {tuple(self.shape)} {dtype or out.dtype} on {self.device}.")
+    _dequantize(self.packed, self.scales, self.codebook, self.blocksize, out.view(-1))
+    return out
+
+@patch_to(QuantizedTensor)
+def error(self,
+    weight:torch.Tensor # what was quantised
+)->float:
+    "‖Ŵ - W‖ / ‖W‖, the relative error (root mean square); 0 for a zero or empty weight."
+    if weight.shape != self.shape: raise ValueError(f"error: got a weight of shape {tuple(weight.shape)}, this tensor's is {tuple(self.shape)}.")
+    w = weight.detach().float()
+    norm = w.norm().item() if w.numel() else 0.
+    return (self.dequantize(torch.float32) - w).norm().item()/norm if norm else 0.
+
+@patch_to(QuantizedTensor)
+def to(self, device)->"QuantizedTensor":
+    "The same tensor on another device; self if it is there already."
+    device = torch.device(device)
+    if device == self.device: return self
+    return replace(self, **{k: t.to(device) for k in ("packed", "absmax", "nested_absmax", "offset", "nested_map") if (t := getattr(self, k)) is not None})
+
+# %% ../nbs/api/02_quantize.ipynb #65b1d05f
+@patch_to(QuantizedTensor)
+def state_dict(self, prefix:str="weight")->dict:
+    "Tensors by bitsandbytes' key names: `prefix` for the codes, `prefix.absmax`, `prefix.quant_map`, and so on. They share memory with this one."
+    sd = {"absmax": self.absmax, "quant_map": self.codebook.table(self.device).clone()}
+    facts = dict(quant_type=self.codebook.name, blocksize=self.blocksize, dtype=str(self.dtype).removeprefix("torch."), shape=list(self.shape))
+    if self.nested_absmax is not None:
+        table = dynamic_map(str(self.device)).clone() if self.nested_map is None else self.nested_map
+        sd.update(nested_absmax=self.nested_absmax, nested_quant_map=table)
+        facts.update(nested_blocksize=NESTED_BLOCKSIZE, nested_dtype="float32", nested_offset=self.offset.item())
+    maker = "bitsandbytes" if self.codebook.name in ("nf4", "fp4") else "lora_nb"
+    sd[f"quant_state.{maker}__{self.codebook.name}"] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+    return {prefix: self.packed, **{f"{prefix}.{k}": t for k, t in sd.items()}}
+
+@patch_to(QuantizedTensor)
+@classmethod
+def from_state_dict(cls,
+    sd:dict,            # a checkpoint's tensors; others than this weight's are ignored
+    prefix:str="weight"
+)->"QuantizedTensor":
+    "The inverse of `state_dict`, for checkpoints of bitsandbytes and of ours. Raises ValueError where something is missing or does not fit."
+    part = {k[len(prefix)+1:]: t for k, t in sd.items() if k.startswith(prefix + ".")}
+    facts = [k for k in part if k.startswith("quant_state.")]
+    if prefix not in sd or len(facts) != 1:
+        got = f"dtype {sd[prefix].dtype}, shape {tuple(sd[prefix].shape)}, and the parts {sorted(part)}" if prefix in sd else "no such key"
+        raise ValueError(f"{prefix}: {got}; expected 4-bit codes with one {prefix}.quant_state.* beside them. A weight that is not in 4 bits goes through quantize(weight, NF4()).")
+    try:
+        f = json.loads(bytes(part[facts[0]].cpu().tolist()))
+        book = _book(f["quant_type"], part["quant_map"])
+        packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"].contiguous()
+        nested = offset = table = None
+        if "nested_absmax" in part:
+            if f["nested_blocksize"] != NESTED_BLOCKSIZE: raise ValueError(f"nested_blocksize {f['nested_blocksize']}, expected {NESTED_BLOCKSIZE}")
+            nested, table = part["nested_absmax"].float().contiguous(), part["nested_quant_map"].float().contiguous()
+            offset = torch.tensor(float(f["nested_offset"]), device=packed.device)
+            if torch.equal(table, dynamic_map(str(table.device))): table = None
+        else: absmax = absmax.float()
+        return cls(packed, absmax, torch.Size(f["shape"]), getattr(torch, f["dtype"]), QuantConfig(book, f["blocksize"], nested is not None), nested, offset, table)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as e:
+        what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
+        raise ValueError(f"{prefix}: not a 4-bit checkpoint that can be read: {what}. Parts found: {sorted(part)}.") from e
 
 def _book(name, levels):
     "The codebook of these levels: one of ours where they are equal."
     return next((b for b in (nf4, fp4, int4) if b.name == name and torch.equal(b.table(), levels.float().cpu())), None) or Codebook(name, tuple(levels.tolist()))
 
-# %% ../nbs/api/02_quantize.ipynb #28e2fe93
+# %% ../nbs/api/02_quantize.ipynb #5a9f97f6
 @torch.no_grad()
 def quantize(
     weight:torch.Tensor,       # any shape and strides; float32, bfloat16 or float16

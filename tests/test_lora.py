@@ -178,8 +178,19 @@ def test_name_in_use_and_embedding_limits():
     with pytest.raises(ValueError, match='already'): layer.add(r=2)
     e = LoRAEmbedding(nn.Embedding(4, 4))
     with pytest.raises(ValueError, match='for linear layers'): e.add(r=2, init='pissa')
-    with pytest.raises(ValueError, match='DoRA is built for linear layers'): e.add(r=2, dora=True)
     assert not e.A
+
+@pytest.mark.parametrize('scale', [None, 2.5])
+def test_dora_on_an_embedding_scales_its_features(scale):
+    base = nn.Embedding(9, 6).requires_grad_(False)
+    if scale: base.embed_scale = scale
+    e,ids = LoRAEmbedding(base).add(r=2, alpha=3, dora=True),torch.tensor([[1, 2, 2, 8]])
+    assert torch.equal(e(ids), base(ids))
+    shaken(e); nn.init.uniform_(e.m['default'], .5, 2)
+    V = base.weight.T + e.delta()
+    want = F.embedding(ids, (e.m['default'][:,None]*V/V.norm(dim=1, keepdim=True)).T)
+    if not scale: torch.testing.assert_close(e(ids), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(e.merged('default').T[ids], want, rtol=1e-5, atol=1e-5)
 
 def test_weight_2d_of_bitsandbytes():
     bnb = pytest.importorskip('bitsandbytes')
