@@ -10,7 +10,7 @@ __all__ = ['NOTHING_BEYOND', 'PEFT_FIELDS', 'bare', 'base_modules', 'layer_class
            'UnsupportedAdapter', 'load_adapter', 'train_only', 'by_row', 'combine', 'truncate', 'expand', 'loftq',
            'extract']
 
-# %% ../nbs/api/05_adapter.ipynb #c2de586a
+# %% ../nbs/api/05_adapter.ipynb #4938a361
 import difflib, hashlib, json, math, os, re, shutil, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .linear4bit import Linear4bit
 from .quantize import quantize
 from .lora import LoRALinear, LoRAConv1D, LoRAConv2d, LoRAEmbedding, Own, OwnRows, OwnTensors, thin_svd, weight_2d, patch_to, _check
 
-# %% ../nbs/api/05_adapter.ipynb #7d6b3dc4
+# %% ../nbs/api/05_adapter.ipynb #1e336576
 def bare(module:nn.Module)->nn.Module:
     "The model's own module, inside whatever adapters have put around it."
     while isinstance(module, (LoRALinear, Own)): module = module.base
@@ -42,7 +42,7 @@ def base_modules(model:nn.Module)->dict[str,nn.Module]: # path → module, witho
     del found['']
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #cd7a26c7
+# %% ../nbs/api/05_adapter.ipynb #6bc96769
 def layer_class(module:nn.Module)->type|None: # `LoRALinear`, `LoRAConv1D`, `LoRAConv2d`, `LoRAEmbedding`; None: no adapter fits on it
     "The LoRA layer for a module. A 4-bit layer counts as linear: it has in_features, out_features and `dequantize()`."
     if type(module).__name__ == 'NonDynamicallyQuantizableLinear': return None  # nn.MultiheadAttention reads its weight, and never calls it
@@ -62,7 +62,7 @@ def input_path(model:nn.Module, modules:dict[str,nn.Module])->str|None:
     except (AttributeError, NotImplementedError): return None
     return next((p for p,m in modules.items() if m is bare(inp)), None) if inp is not None else None
 
-# %% ../nbs/api/05_adapter.ipynb #b450508e
+# %% ../nbs/api/05_adapter.ipynb #3d58ebe4
 _INSIDE = {'attention': re.compile(r'attn|attention'), 'mlp': re.compile(r'mlp|ffn|feed_forward|feedforward|experts')}
 
 def path_matches(pattern:str, path:str)->bool:
@@ -82,7 +82,7 @@ def _fits(target, path, module, out):
                 and any(_INSIDE[target].search(part) for part in path.lower().split('.')[:-1]))
     return path_matches(target, path)
 
-# %% ../nbs/api/05_adapter.ipynb #032d833b
+# %% ../nbs/api/05_adapter.ipynb #9b58534c
 class TargetError(ValueError):
     "A target that names no layer, or a layer that must not be adapted."
 
@@ -108,7 +108,7 @@ def _no_match(model, modules, target):
     near = difflib.get_close_matches(target.split('.')[-1], leaves, n=3, cutoff=.3) or [n for n,_ in leaves.most_common(3)]
     return TargetError(f"No module matches '{target}'. Nearest: {_layers_of([(n, leaves[n]) for n in near])}. targets_preview(model) lists all.")
 
-# %% ../nbs/api/05_adapter.ipynb #a17d4b7f
+# %% ../nbs/api/05_adapter.ipynb #96d0980f
 def tied_to(modules:dict[str,nn.Module], path:str)->str|None:
     "The path of another module that shares this module's weight tensor."
     w = getattr(modules[path], 'weight', None)
@@ -152,7 +152,7 @@ def find_targets(
                               "for tokens that are new to the model use trainable_token_indices; or part them first with untie(model).")
     return {p: modules[p] for p in found}
 
-# %% ../nbs/api/05_adapter.ipynb #8bcaf00a
+# %% ../nbs/api/05_adapter.ipynb #0f834b60
 def _rank_for(patterns, path, default):
     "The value of the first pattern that fits the end of the path, as PEFT reads rank_pattern and alpha_pattern."
     return next((v for k,v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', path)), default)
@@ -173,7 +173,7 @@ def targets_preview(
     table.loc[len(table)] = ['total', '', '', table.layers.sum(), table.parameters.sum()]
     return table
 
-# %% ../nbs/api/05_adapter.ipynb #c571ef65
+# %% ../nbs/api/05_adapter.ipynb #25b07fc1
 class Adapter:
     """One named adapter on a model. Made by `add_lora` and `load_adapter`, not by hand.
 
@@ -182,7 +182,7 @@ class Adapter:
     what `own` was made from, and `extra` fields of a PEFT config that this package does not use but keeps."""
     def __init__(self, model, name, layers, options, extra=None, own=None, beyond=None):
         self.model,self.name,self.layers,self.options,self.extra = model,name,layers,options,extra or {}
-        self.own,self.beyond,self.changed_base = own or {},{**NOTHING_BEYOND, **(beyond or {})},False
+        self.own,self.beyond = own or {},{**NOTHING_BEYOND, **(beyond or {})}
 
     def named_parameters(self):
         "(PEFT's key, parameter) for each tensor that trains."
@@ -206,6 +206,10 @@ class Adapter:
     def n_params(self)->int: return sum(p.numel() for p in self.parameters())
     @property
     def ranks(self)->dict[str,int]: return {path: len(l.A[self.name]) for path,l in self.layers.items()}
+    @property
+    def changed_base(self)->bool:
+        "Did `loftq` choose the base's 4-bit numbers? Then no other copy of the base will do."
+        return self.model.__dict__.get('_lora_nb_changed_base', False)
 
     def __repr__(self):
         rs = sorted(set(self.ranks.values()))
@@ -222,7 +226,7 @@ def _tensors(layer, name):
     yield f'{kind}B{end}',layer.B[name]
     if name in layer.m: yield 'lora_magnitude_vector',layer.m[name]
 
-# %% ../nbs/api/05_adapter.ipynb #1dfec08d
+# %% ../nbs/api/05_adapter.ipynb #9e2011d9
 def adapters(model:nn.Module)->dict[str,Adapter]:
     "The adapters on this model, by name."
     return model.__dict__.setdefault('_lora_nb_adapters', {})
@@ -286,7 +290,7 @@ def _attach(model, name, plan, options, extra=None, beyond=None, own=None):
     activate(model, name)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #d4faf0ac
+# %% ../nbs/api/05_adapter.ipynb #e113b192
 def activate(
     model:nn.Module,
     *names:str     # adapters whose updates are added; none: the base alone
@@ -302,7 +306,7 @@ def activate(
         if isinstance(m, LoRALinear): m.active = [n for n in names if n in m.A]
         elif isinstance(m, Own): m.active = [n for n in names if m.holds(n)]
 
-# %% ../nbs/api/05_adapter.ipynb #e11ddce1
+# %% ../nbs/api/05_adapter.ipynb #12948539
 def _inside(path, wholes): return any(path==w or path.startswith(w+'.') for w in wholes)
 
 def find_modules(model:nn.Module, names, fits=path_matches)->list[str]:
@@ -361,7 +365,7 @@ def plan_own(
         if other: own[other] = ('rows', ids, p)
     return dict(bias=bias, modules_to_save=wholes, trainable_token_indices=rows),own
 
-# %% ../nbs/api/05_adapter.ipynb #044e725a
+# %% ../nbs/api/05_adapter.ipynb #dd96757a
 def add_lora(
     model:nn.Module,
     r:int=16,               # rank of each ΔW
@@ -396,7 +400,7 @@ def add_lora(
             raise TargetError(f"The pattern '{pattern}' fits none of the {len(plan)} target layers; the first is '{next(iter(plan))}'.")
     return _attach(model, name, plan, options, beyond=beyond, own=own)
 
-# %% ../nbs/api/05_adapter.ipynb #f9ba9e63
+# %% ../nbs/api/05_adapter.ipynb #e5684b2b
 @patch_to(Adapter)
 @contextmanager
 def disabled(self):
@@ -424,7 +428,7 @@ def remove(self):
     if not adapters(self.model):
         for p in self.model.__dict__.pop('_lora_nb_trainable', []): p.requires_grad_(True)
 
-# %% ../nbs/api/05_adapter.ipynb #9332e129
+# %% ../nbs/api/05_adapter.ipynb #7451e1f3
 class AdapterMismatch(ValueError):
     "Tensors that do not fit the adapter or the model; nothing was changed."
 
@@ -452,7 +456,7 @@ def load_state_dict(self, state:dict[str,Tensor]):
     _compare({k: v.shape for k,v in state.items()}, {k: v.shape for k,v in mine.items()}, 'The state')
     for k,v in mine.items(): v.copy_(state[k])
 
-# %% ../nbs/api/05_adapter.ipynb #f61304e7
+# %% ../nbs/api/05_adapter.ipynb #d53d28ce
 def short_names(paths, all_paths)->list[str]:
     "The shortest list of path ends that fits exactly `paths` among `all_paths` (as PEFT matches them)."
     paths,result = set(paths),set()
@@ -461,7 +465,7 @@ def short_names(paths, all_paths)->list[str]:
         result |= {leaf} if mine == {p for p in all_paths if p.split('.')[-1]==leaf} else mine
     return sorted(result)
 
-# %% ../nbs/api/05_adapter.ipynb #f4bbf940
+# %% ../nbs/api/05_adapter.ipynb #9cf2e9fc
 PEFT_FIELDS = dict(alora_invocation_tokens=None, alpha_pattern={}, arrow_config=None, auto_mapping=None, base_model_name_or_path=None,
     bias='none', corda_config=None, ensure_weight_tying=False, eva_config=None, exclude_modules=None, fan_in_fan_out=False,
     inference_mode=True, init_lora_weights=True, kasa_config=None, layer_replication=None, layers_pattern=None,
@@ -503,7 +507,7 @@ def config(self)->dict:
         fan_in_fan_out=any(isinstance(l, LoRAConv1D) for l in self.layers.values()), task_type='CAUSAL_LM' if causal else None,
         base_model_name_or_path=getattr(getattr(self.model, 'config', None), '_name_or_path', None) or None)
 
-# %% ../nbs/api/05_adapter.ipynb #9c381f4b
+# %% ../nbs/api/05_adapter.ipynb #6b7e35d5
 def fingerprint(model:nn.Module)->str:
     "16 hex digits of the paths and shapes of all layers that could be adapted; the same in 4 bits and in 16."
     shapes = [(p, *map(int, cls._features_of(m))) for p,m in base_modules(model).items() if (cls := layer_class(m))]
@@ -514,7 +518,8 @@ def weights_digest(model:nn.Module, paths)->str:
     modules,h = base_modules(model),hashlib.sha256()
     for p in sorted(paths):
         if isinstance(modules[p], Linear4bit):
-            for t in (modules[p].weight, modules[p].absmax): h.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for t in (modules[p].weight, modules[p].absmax, modules[p].nested_absmax, modules[p].offset):
+                if t is not None: h.update(t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 @patch_to(Adapter)
@@ -528,7 +533,7 @@ def export_state(self)->dict[str,Tensor]:
     state |= {k: t.detach() for k,t in self.own_tensors()}
     return {k: t.to('cpu', torch.float32 if t.is_floating_point() else t.dtype).contiguous().clone() for k,t in state.items()}
 
-# %% ../nbs/api/05_adapter.ipynb #11d12ac0
+# %% ../nbs/api/05_adapter.ipynb #eac4d98c
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -561,7 +566,7 @@ def save(self,
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/api/05_adapter.ipynb #c3e9bbe5
+# %% ../nbs/api/05_adapter.ipynb #e584b2eb
 class BadAdapterFile(ValueError):
     "An adapter folder whose files are damaged or contradict each other; nothing was changed."
 class UnsupportedAdapter(ValueError):
@@ -614,7 +619,7 @@ def _dict(cfg, field, file):
     if not isinstance(v, dict): raise BadAdapterFile(f'{file}: {field} is {v!r}; expected an object of names and numbers.')
     return v
 
-# %% ../nbs/api/05_adapter.ipynb #f87dc15d
+# %% ../nbs/api/05_adapter.ipynb #e49b5328
 _KEY = re.compile(r'^(?:base_model\.model\.)?(?P<path>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)'
                  r'(?:\.(?!weight$)[^.]+)?(?:\.weight)?$')
 
@@ -638,7 +643,21 @@ def _read_tensors(file):
         state[n] = t
     return state,meta
 
-# %% ../nbs/api/05_adapter.ipynb #70b6f597
+# %% ../nbs/api/05_adapter.ipynb #8c4c0ddf
+def _moved_keys(model, state, file):
+    "Keys of modules that this model has under another path today, renamed as transformers renames a checkpoint's. Single experts are refused."
+    modules,path = base_modules(model),lambda k: m['path'] if (m := _KEY.match(k)) else None
+    odd = {p for k in state if (p := path(k)) is not None and p not in modules}
+    if not odd or not hasattr(model, 'config'): return state
+    if (fused := fused_experts(model)) and (one := next((p for p in sorted(odd) if '.experts.' in p), None)):
+        raise UnsupportedAdapter(f"{file} adapts {one}, a single expert. This {type(model).__name__} has its experts fused in {next(iter(fused))}, and adapters on them are not supported.")
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming,rename_source_key
+    renames = [o for o in get_model_conversion_mapping(model) if isinstance(o, WeightRenaming)]
+    new = {p: n for p in odd if (n := rename_source_key(f'{p}.weight', renames, [])[0].removesuffix('.weight')) in modules}
+    return {f'base_model.model.{new[p]}{k.removeprefix("base_model.model."+p)}' if (p := path(k)) in new else k: t for k,t in state.items()}
+
+# %% ../nbs/api/05_adapter.ipynb #1ce48da9
 def _peft_match(cfg, path):
     "Does PEFT adapt this path under this config? (target_modules, exclude_modules, layers_to_transform, layers_pattern)"
     fits = lambda names: re.fullmatch(names, path) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
@@ -701,7 +720,7 @@ def _drop_copies(state, model, plan, cfg, beyond):
         for end in ('original_module.bias', 'modules_to_save.bias'): state.pop(f'base_model.model.{p}.{end}', None)
     return state
 
-# %% ../nbs/api/05_adapter.ipynb #8c828657
+# %% ../nbs/api/05_adapter.ipynb #7b3adafd
 def load_adapter(
     model:nn.Module,
     folder,             # with PEFT's adapter_config.json and adapter_model.safetensors
@@ -720,6 +739,7 @@ def load_adapter(
     file = folder/'adapter_config.json'
     cfg = _read_config(file); _check_config(cfg, file)
     state,meta = _read_tensors(folder/'adapter_model.safetensors')
+    state = _moved_keys(model, state, folder/'adapter_model.safetensors')
     plan,wanted = _planned(model, cfg, file)
     beyond,own,more = _planned_own(model, plan, cfg, file)
     state = _drop_copies(state, model, plan, cfg, beyond)
@@ -733,12 +753,12 @@ def load_adapter(
                    init=_STARTS[cfg.get('init_lora_weights', True)], dora=bool(cfg.get('use_dora')))
     extra = {k: v for k,v in cfg.items() if k not in PEFT_FIELDS}
     adapter = _attach(model, name, plan, options, extra, beyond, own)
-    adapter.changed_base = 'lora_nb_weights' in meta
+    if digest: model.__dict__['_lora_nb_changed_base'] = True
     with torch.no_grad():
         for k,p in (*adapter.named_parameters(), *adapter.own_tensors()): p.copy_(state[k].reshape(p.shape))
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #ce8f5d34
+# %% ../nbs/api/05_adapter.ipynb #1b6982d5
 def train_only(model:nn.Module, name:str):
     "Make this adapter the only one whose parameters train; `activate` says which take part."
     if name not in adapters(model): raise KeyError(f"No adapter '{name}' on this model; it has: {', '.join(adapters(model)) or 'none'}.")
@@ -761,7 +781,7 @@ def by_row(
     finally:
         for l in layers: l.rows = None
 
-# %% ../nbs/api/05_adapter.ipynb #24f03cd6
+# %% ../nbs/api/05_adapter.ipynb #b966caef
 def _stack(model, weights, path):
     "All named updates of one layer as one pair with scaling 1."
     layer = next(adapters(model)[n].layers[path] for n in weights if path in adapters(model)[n].layers)
@@ -811,7 +831,7 @@ def _from_factors(model, name, pairs, dropout=0.):
         adapter.layers[p].A[name].copy_(A); adapter.layers[p].B[name].copy_(B)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #765b156c
+# %% ../nbs/api/05_adapter.ipynb #d10f597d
 def _replace(adapter, pairs):
     "Give the adapter's layers new factors with the same scaling, keeping its name, active or not."
     n,model = adapter.name,adapter.model
@@ -828,8 +848,9 @@ def _replace(adapter, pairs):
 def truncate(
     adapter:Adapter,
     rank:int|dict|None=None,  # new rank of every layer, or path → rank
-    energy:float|None=None    # or: the fewest that hold this share of ‖ΔW‖²
-)->pd.DataFrame:              # a row for each layer: rank before, rank after, share of ‖ΔW‖ that was cut away
+    energy:float|None=None,   # or: the fewest that hold this share of ‖ΔW‖²
+    loss=None                 # a function without arguments, e.g. `lambda: mean_loss(model, data)`; called before and after
+)->pd.DataFrame:              # a row for each layer: rank before, rank after, share of ‖ΔW‖ that was cut away; `attrs`: the two losses
     """Cut each layer's ΔW to its best rank, in place, through QR of the factors. Scaling stays; alpha follows the rank.
 
     Ranks may differ by layer; `save` writes them as PEFT's rank_pattern. An optimizer made before holds the old tensors."""
@@ -838,7 +859,7 @@ def truncate(
     for k in (rank.values() if isinstance(rank, dict) else [] if rank is None else [rank]):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ValueError(f'A rank is an integer of at least 1; given {k!r}.')
     if isinstance(rank, dict) and (unknown := [p for p in rank if p not in adapter.layers]): raise KeyError(f'Not layers of this adapter: {_some(unknown)}.')
-    pairs,rows = {},[]
+    pairs,rows,before = {},[],None if loss is None else float(loss())
     for path,l in adapter.layers.items():
         A,B = l.factors(adapter.name)
         U,S,Vh = thin_svd(A.cpu().double(), B.cpu().double())
@@ -850,7 +871,9 @@ def truncate(
         pairs[path] = root[:,None]*Vh[:k],U[:,:k]*root
         rows.append((path, len(A), k, (S[k:].square().sum()/total).sqrt().item() if total > 0 else 0.))
     _replace(adapter, pairs)
-    return pd.DataFrame(rows, columns=['layer', 'rank before', 'rank after', 'cut']).set_index('layer')
+    table = pd.DataFrame(rows, columns=['layer', 'rank before', 'rank after', 'cut']).set_index('layer')
+    if loss is not None: table.attrs.update(loss_before=before, loss_after=float(loss()))
+    return table
 
 @torch.no_grad()
 def expand(
@@ -866,7 +889,7 @@ def expand(
         pairs[path] = torch.cat([A, new]),torch.cat([B, B.new_zeros(len(B), rank-len(A))], 1)
     return _replace(adapter, pairs)
 
-# %% ../nbs/api/05_adapter.ipynb #d5ed1eb4
+# %% ../nbs/api/05_adapter.ipynb #b23acb35
 def _best_of_rank(R, r):
     "A (r, in), B (out, r) of the rank-r matrix nearest to R (out, in), by the eigenvectors of the smaller of RRᵀ and RᵀR."
     R = R.double()
@@ -927,10 +950,10 @@ def loftq(
         if n in l.m:
             if q is not None: l.W_square.copy_(l.weight_2d().to(l.A[n].dtype).square().sum(1))
             l.m[n].copy_(l.row_norm(n))
-    adapter.changed_base = adapter.changed_base or iterations > 1
+    if iterations > 1: model.__dict__['_lora_nb_changed_base'] = True
     return pd.DataFrame(rows, columns=['layer', 'before', 'after']).set_index('layer')
 
-# %% ../nbs/api/05_adapter.ipynb #14ef1ea5
+# %% ../nbs/api/05_adapter.ipynb #d039ee17
 @patch_to(Adapter)
 def replaced(self)->dict[str,Tensor]: # name in the plain model → tensor; a tied output layer follows its embedding, and is not listed
     "The base's tensors that this adapter replaces (`modules_to_save`, biases, token rows), in the base's dtype; empty for LoRA alone."
@@ -941,7 +964,7 @@ def replaced(self)->dict[str,Tensor]: # name in the plain model → tensor; a ti
         else: found |= {f'{path}.{k}': t.detach().to(bare(m).state_dict()[k].dtype) if k in dict(bare(m).named_parameters()) else t for k,t in m.tensors(self.name).items()}
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #1588c3a4
+# %% ../nbs/api/05_adapter.ipynb #9d8aa6b4
 @torch.no_grad()
 def extract(
     model:nn.Module,         # the base; the adapter is put on it

@@ -7,7 +7,7 @@ __all__ = ['NEGLIGIBLE', 'dense_weight', 'packed_weight', 'merged_weight', 'Merg
            'source_tensors', 'running_as', 'merge_report', 'chosen', 'recommend', 'merge', 'merge_in_place', 'unmerge',
            'merged']
 
-# %% ../nbs/api/11c_merge.ipynb #faa77dee
+# %% ../nbs/api/11c_merge.ipynb #970cbe88
 import copy, json, math, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .models import empty_model, gguf_config, gguf_header, gguf_tensors, locate,
 from .data import collate
 from .loss import PLAIN_HEADS, labelled
 
-# %% ../nbs/api/11c_merge.ipynb #4f71e237
+# %% ../nbs/api/11c_merge.ipynb #53af1381
 def dense_weight(base:nn.Module)->Tensor: # W (out, in), detached; fp32 from 4 bits, otherwise the base's dtype
     "The weight as LoRA's formula means it, a 4-bit one dequantised without a rounding to 16 bits."
     if (q := packed_weight(base)) is not None: return q.dequantize(torch.float32)
@@ -47,7 +47,7 @@ def _to_2d(base, t): # from the stored layout to (out, in)
 def _from_2d(base, W): # and back
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W.view(base.weight.shape) if isinstance(base, nn.Conv2d) else W
 
-# %% ../nbs/api/11c_merge.ipynb #3f6dc3cc
+# %% ../nbs/api/11c_merge.ipynb #eb9af5c3
 @torch.no_grad()
 def merged_weight(
     layer:LoRALinear,
@@ -66,7 +66,7 @@ def merged_weight(
         else: raise ValueError(f"Adapter '{n}' joins its layer by {layer.how[n].__name__}, which is not a change of W alone, so it cannot be merged. Keep the adapter beside its base.")
     return M
 
-# %% ../nbs/api/11c_merge.ipynb #92273a21
+# %% ../nbs/api/11c_merge.ipynb #3267e892
 @torch.no_grad()
 def _probe(path, layer, names):
     "Refuse a layer whose forward pass is not that of one merged matrix."
@@ -92,7 +92,7 @@ def _probe(path, layer, names):
     if not off < (2e-3 if x.dtype in (torch.float32, torch.float64, torch.int64) else 5e-2):
         raise ValueError(f"{path}: base and {', '.join(names)} do not act as one matrix (relative difference {off:.1e} on random inputs), so they cannot be merged. Keep the adapter beside its base.")
 
-# %% ../nbs/api/11c_merge.ipynb #7495dc28
+# %% ../nbs/api/11c_merge.ipynb #49a1bf73
 @dataclass(frozen=True)
 class MergedTensor:
     "One tensor of a merged model, made when it is wanted."
@@ -123,7 +123,7 @@ def plain_tensors(model:nn.Module)->dict[str,tuple]: # name → (module, its nam
     found = {'': model, **base_modules(model)}
     return {f'{path}.{leaf}' if path else leaf: (m, leaf, t) for path,m in found.items() for leaf,t in _tensors_of(m)}
 
-# %% ../nbs/api/11c_merge.ipynb #90e86065
+# %% ../nbs/api/11c_merge.ipynb #700889bd
 def _names_of(model, adapter):
     "The adapters that are meant: one, several, or (None) those that are active."
     on = adapters(model)
@@ -158,7 +158,7 @@ def _adapted(model, names)->dict[str,LoRALinear]:
     for path,l in found.items(): _probe(path, l, names)
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #f9b81232
+# %% ../nbs/api/11c_merge.ipynb #a805205e
 def _own(module, leaf): return dense_weight(module) if leaf=='weight' and packed_weight(module) is not None else dict(_tensors_of(module))[leaf]
 
 def _final(read, layer, names, dtype, config, name):
@@ -169,6 +169,12 @@ def _final(read, layer, names, dtype, config, name):
     elif t.is_floating_point(): t = t.to(dtype)
     return t
 
+def _check_source(model, names):
+    "Only the base itself fits an adapter whose start chose the base's 4-bit numbers (`loftq` with several iterations)."
+    if odd := next((n for n in names if adapters(model)[n].changed_base), None):
+        raise ValueError(f"'{odd}' started from loftq with iterations > 1, which moved the base's 4-bit weights away from the original's and put the difference into the adapter. "
+                         "On the original weights that difference would count twice. Merge into the base: merge(…, into='base'), merge_report(…, original=None).")
+
 def merged_parts(
     model:nn.Module,
     names,                # adapters to merge
@@ -178,6 +184,7 @@ def merged_parts(
     layers:dict|None=None # path → layer that the adapters change; None: found, and each one probed
 )->dict[str,MergedTensor]:        # under the names that transformers gives
     "The merged model, tensor by tensor. Tied tensors are one, unless an adapter changes one of them."
+    if source is not None: _check_source(model, names)
     plain,layers,parts,seen = plain_tensors(model),_adapted(model, names) if layers is None else layers,{},{}
     replaced = _replaced(model, names)
     for name,(module,leaf,t) in plain.items():
@@ -204,7 +211,7 @@ def _fitting(source, name, shape, device):
     if tuple(t.shape)!=shape: raise ValueError(f"'{name}' has shape {tuple(t.shape)} in the model to merge into, and {shape} in this one. Is it the one that was quantised?")
     return t.to(device)
 
-# %% ../nbs/api/11c_merge.ipynb #998d946e
+# %% ../nbs/api/11c_merge.ipynb #59b024d9
 def source_tensors(
     source # a hub id, a folder, a .gguf file, 'smollm2', or a model in memory
 )->dict:   # transformers' name → function that reads that tensor
@@ -231,7 +238,7 @@ def source_tensors(
         if held := next((n for n in g if n in found), None): found.update({n: found[held] for n in g})
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #014487d4
+# %% ../nbs/api/11c_merge.ipynb #91a7307b
 def _twin(module, leaves, compute):
     "A shallow copy whose tensors in `leaves` (name → MergedTensor) are made for each call."
     if packed_weight(module) is not None:
@@ -254,7 +261,7 @@ def _twin(module, leaves, compute):
     twin.register_forward_hook(take, always_call=True)
     return twin.train(module.training)
 
-# %% ../nbs/api/11c_merge.ipynb #d67d4d44
+# %% ../nbs/api/11c_merge.ipynb #06872fe6
 @contextmanager
 def running_as(
     model:nn.Module,
@@ -291,7 +298,7 @@ def _places(model):
             yield from walk(bare(now), p)
     yield from walk(model, '')
 
-# %% ../nbs/api/11c_merge.ipynb #699b6039
+# %% ../nbs/api/11c_merge.ipynb #888c3b6c
 def _plain_head(model):
     return model.config.model_type in PLAIN_HEADS and not getattr(model.config, 'final_logit_softcapping', None) and model.get_output_embeddings() is not None
 
@@ -329,7 +336,7 @@ def _compare(a, b, labels, head_a, head_b, vocab):
         rows.append(torch.stack([kl, -pa.gather(1, t)[:,0], -pb.gather(1, t)[:,0], changed.double()], 1).cpu())
     return torch.cat(rows),sums
 
-# %% ../nbs/api/11c_merge.ipynb #d325311d
+# %% ../nbs/api/11c_merge.ipynb #11145977
 class _Measure:
     "The unmerged model's answers on the held-out samples, and the comparison of others with them."
     def __init__(self, model, samples, batch_size, pad):
@@ -349,7 +356,7 @@ class _Measure:
         return dict(logits=(sums[0]/sums[1]).sqrt().item(), kl=tok[:,0].mean().item(), loss=tok[:,2].mean().item(), delta=d.mean().item(),
                     error=(d.std()/math.sqrt(len(d))).item() if len(d)>1 else float('nan'), changed=tok[:,3].mean().item()),tok[:,1].mean().item(),len(tok)
 
-# %% ../nbs/api/11c_merge.ipynb #89c3fcae
+# %% ../nbs/api/11c_merge.ipynb #6d9d1a60
 @contextmanager
 def _only(model, names):
     "Within this context just these adapters act, in evaluation mode; afterwards all is as before."
@@ -383,6 +390,7 @@ def merge_report(
     and computed with in the model's dtype."""
     names,samples = _names_of(model, adapter),list(getattr(data, 'val', data) or [])[:rows]
     if not samples: raise ValueError('No held-out samples: give chat_data(…, val=0.1), or a list of samples that the adapter was not trained on.')
+    if original is not None: _check_source(model, names)
     compute = next(p.dtype for p in model.parameters() if p.is_floating_point())
     quant = quant or _default_quant(model)
     kinds = [*map(_known_dtype, dtypes), *(['4bit'] if quant is not None and '4bit' not in dtypes else [])]
@@ -401,7 +409,7 @@ def merge_report(
     report.attrs.update(unmerged=unmerged, without=without, tokens=n, samples=len(samples), adapters=list(names), compute=_FLOATS.get(compute, str(compute)))
     return report
 
-# %% ../nbs/api/11c_merge.ipynb #5262f2aa
+# %% ../nbs/api/11c_merge.ipynb #b85ec791
 NEGLIGIBLE = 1e-3 # nats per token: below it a way counts as lossless
 
 def _bytes(n): return f'{n/2**30:.2f} GiB' if n>=2**30 else f'{n/2**20:.1f} MiB' if n>=2**20 else f'{n/2**10:.0f} KiB'
@@ -436,7 +444,7 @@ def recommend(report:pd.DataFrame)->str: # several lines
     if len(four)>1 and best not in four.index: out[-1] += f" If it has to be in 4 bits: {four.index[0]}, which changes it by {four.kl.iloc[0]:.2g}, the other way by {four.kl.iloc[1]:.2g}."
     return '\n'.join(out)
 
-# %% ../nbs/api/11c_merge.ipynb #689c6621
+# %% ../nbs/api/11c_merge.ipynb #8d10a9a8
 def _shards(parts, most):
     "Lists of names, each list's bytes at most `most` (a tensor that is larger has a shard of its own)."
     out,size = [[]],0
@@ -467,7 +475,7 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/api/11c_merge.ipynb #4fbd0309
+# %% ../nbs/api/11c_merge.ipynb #3ce2dc8e
 def _merged_config(model, parts, dtype, quant):
     "The config of the merged model: without quantisation, or with bitsandbytes'."
     cfg = copy.deepcopy(model.config)
@@ -503,7 +511,7 @@ def _write_shards(parts, groups, tmp):
         (tmp/'model.safetensors.index.json').write_text(json.dumps(index, indent=2, sort_keys=True))
     return where,rows
 
-# %% ../nbs/api/11c_merge.ipynb #d3e023c3
+# %% ../nbs/api/11c_merge.ipynb #1a572d47
 def merge(
     model:nn.Module,      # with the adapter on it; it is left as it is
     adapter=None,         # an `Adapter`, its name, or a list; None: those that are active
@@ -543,7 +551,7 @@ def merge(
     table.attrs.update(folder=str(folder), adapters=list(names), dtype=_FLOATS.get(dtype, '4bit'))
     return table
 
-# %% ../nbs/api/11c_merge.ipynb #6f59ade4
+# %% ../nbs/api/11c_merge.ipynb #e01994d9
 def _merged_module(now, names, dtype, new):
     "A plain module with the merged weight and the tensors in `new` (its name here → tensor)."
     layer,base = next((l for l in (now, getattr(now, 'base', None)) if isinstance(l, LoRALinear)), None),bare(now)

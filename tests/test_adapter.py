@@ -1,5 +1,5 @@
 "Adapters on whole models, with peft as the peer: equal logits both ways, equal training, strict files, nothing half changed."
-import copy, json, os, shutil, struct, warnings
+import copy, json, os, re, shutil, struct, warnings
 import peft, pytest, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -70,15 +70,11 @@ WAYS = {'plain': ({}, {}), 'rslora': (dict(scaling='rslora'), dict(use_rslora=Tr
         'gaussian': (dict(init='gaussian'), dict(init_lora_weights='gaussian')),
         'pissa': (dict(init='pissa'), dict(init_lora_weights='pissa')), 'olora': (dict(init='olora'), dict(init_lora_weights='olora')),
         'pissa rslora dora': (dict(init='pissa', scaling='rslora', dora=True), dict(init_lora_weights='pissa', use_rslora=True, use_dora=True)),
-        'patterns': (dict(rank_pattern={'q_proj|c_attn': 2, r'layers\.1\.self_attn\.v_proj': 3}, alpha_pattern={'q_proj|c_attn': 5}),
-                     dict(rank_pattern={'q_proj|c_attn': 2, r'layers\.1\.self_attn\.v_proj': 3}, alpha_pattern={'q_proj|c_attn': 5}))}
+        'patterns': 2*(dict(rank_pattern={'q_proj|c_attn': 2, r'(layers\.1\.self_attn\.v_proj|h\.1\.mlp\.c_fc)': 3}, alpha_pattern={'q_proj|c_attn': 5}),)}
 
 ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']  # peft's all-linear on Mixtral adapts the fused experts too (target_parameters)
 
-def both_ways():
-    for base in BASES:
-        for way in WAYS:
-            if not (base=='gpt2' and way=='patterns') and not (base=='mixtral' and way not in ('plain', 'dora')): yield base,way
+def both_ways(): return [(b, w) for b in BASES for w in WAYS]
 
 def pefts_ways():
     "Without what peft itself cannot do: PiSSA in 4 bits, OLoRA that leaves a 4-bit base alone, OLoRA on Conv1D (wrong shapes in 0.21.2)."
@@ -123,20 +119,22 @@ def test_pefts_fused_experts_are_refused(tmp_path):
     assert not adapters(model)
 
 @pytest.mark.parametrize('base', EMBED)
-def test_embeddings_both_ways(base, tmp_path):
-    names = [EMBED[base], 'q_proj' if base=='llama' else 'c_attn']
-    model = BASES[base][0]() if base=='llama' else untie(gpt2())
-    adapter = add_lora(model, r=4, targets=names)
+@pytest.mark.parametrize('dora', [False, True])
+def test_embeddings_both_ways(base, dora, tmp_path):
+    names,fresh = [EMBED[base], 'q_proj' if base=='llama' else 'c_attn'],BASES[base][0] if base=='llama' else lambda: untie(gpt2())
+    adapter = add_lora(fresh(), r=4, alpha=6, targets=names, dora=dora)
+    want = logits(fresh())
+    assert torch.equal(logits(adapter.model), want)
     shake(adapter.parameters())
     adapter.save(tmp_path/'a')
-    close(logits(model), logits(PeftModel.from_pretrained(BASES[base][1](), tmp_path/'a')))
-    peer = get_peft_model(BASES[base][1](), LoraConfig(r=4, target_modules=names, task_type='CAUSAL_LM', fan_in_fan_out=base=='gpt2')).eval()
-    shake_peft(peer)
-    want = logits(peer)
+    close(logits(adapter.model), logits(PeftModel.from_pretrained(fresh(), tmp_path/'a')))
+    torch.manual_seed(1)
+    peer = get_peft_model(fresh(), LoraConfig(r=4, lora_alpha=6, target_modules=names, use_dora=dora, task_type='CAUSAL_LM', fan_in_fan_out=base=='gpt2')).eval()
+    start,again = peft.get_peft_model_state_dict(peer, save_embedding_layers=False),add_lora(fresh(), r=4, alpha=6, targets=names, dora=dora)
+    again.load_state_dict(start)
+    torch.testing.assert_close(steps(again.model, list(again.parameters())), steps(peer, trained(peer)), rtol=1e-5, atol=1e-5)
     peer.save_pretrained(tmp_path/'b', save_embedding_layers=False)
-    again = BASES[base][0]()
-    load_adapter(again, tmp_path/'b')
-    close(logits(again), want)
+    close(logits(load_adapter(fresh(), tmp_path/'b').model), logits(peer))
 
 def steps(model, params, n=10, labels=X):
     opt,losses = torch.optim.AdamW(params, lr=1e-3),[]
@@ -145,17 +143,33 @@ def steps(model, params, n=10, labels=X):
         losses.append(loss.item()); loss.backward(); opt.step(); opt.zero_grad()
     return torch.tensor(losses)
 
-@pytest.mark.parametrize('base,way', [(b, w) for b,w in pefts_ways() if w in ('plain', 'rslora', 'dora', 'pissa', 'olora')])
-def test_ten_steps_give_pefts_losses(base, way):
+@pytest.mark.parametrize('base,way', pefts_ways())
+def test_ten_steps_give_pefts_losses_and_what_peft_trained_loads_here(base, way, tmp_path):
     peer,model = peft_on(base, way),BASES[base][0]()
     adapter = add_lora(model, r=4, alpha=6, targets=ATTENTION if base=='mixtral' else 'all-linear', **WAYS[way][0])
-    if way not in ('pissa', 'olora'):
+    if 'pissa' not in way and way!='olora':
         with torch.no_grad():
             start = peft.get_peft_model_state_dict(peer)
             for k,p in adapter.named_parameters(): p.copy_(start[k])
     got,want = steps(model, list(adapter.parameters())),steps(peer, [p for p in peer.parameters() if p.requires_grad])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert want[-1] < want[0] - .01
+    peer.save_pretrained(tmp_path/'a')
+    close(logits(load_adapter(BASES[base][0](), tmp_path/'a').model), logits(peer))
+
+@pytest.mark.parametrize('way', ['pissa', 'olora'])
+def test_pefts_converted_start_loads_here(way, tmp_path):
+    "PEFT's own way to save PiSSA and OLoRA as plain LoRA of twice the rank."
+    peer = peft_on('llama', way)
+    peer.peft_config['default'].init_lora_weights = True
+    peer.save_pretrained(tmp_path/'start')
+    peer.peft_config['default'].init_lora_weights = way
+    steps(peer, [p for p in peer.parameters() if p.requires_grad], 3)
+    want = logits(peer)
+    peer.save_pretrained(tmp_path/'a', path_initial_model_for_weight_conversion=str(tmp_path/'start'))
+    a = load_adapter(llama(), tmp_path/'a')
+    assert set(a.ranks.values())=={8}
+    close(logits(a.model), want)
 
 def test_dropout_draws_as_pefts():
     torch.manual_seed(1)
@@ -381,6 +395,20 @@ FAULTS = {
     'a pickle inside': (raw(lambda b: b'\x80\x04\x95' + b), BadAdapterFile, 'whole safetensors'),
 }
 
+BEYOND = {'aLoRA': dict(alora_invocation_tokens=[1]), 'Arrow': dict(arrow_config=dict(top_k=2)), 'CorDA': dict(init_lora_weights='corda'), 'LoRA-GA': dict(init_lora_weights='lora_ga'),
+          'QALoRA': dict(use_qalora=True), 'BD-LoRA': dict(use_bdlora=dict(target_modules_bd_a=['q_proj'])), 'KaSA': dict(kasa_config=dict(beta=.1)), 'VeLoRA': dict(velora_config=dict(num_groups=2)),
+          'MonteCLoRA': dict(monteclora_config=dict(mc_samples=4)), 'layer replication': dict(layer_replication=[[0, 2], [0, 2]]), 'Megatron': dict(megatron_config=dict(fp16=True)),
+          'fused experts': dict(target_parameters=['experts.down_proj']), "biases of A and B": dict(lora_bias=True)}
+
+@pytest.mark.parametrize('what', BEYOND)
+def test_pefts_other_options_are_refused_by_name(what, good, tmp_path):
+    assert BEYOND[what].keys() <= LoraConfig().to_dict().keys()   # they are PEFT's
+    folder,model = shutil.copytree(good, tmp_path/'a'),llama()
+    cfg(**BEYOND[what])(folder)
+    (field,value), = BEYOND[what].items()
+    with pytest.raises(UnsupportedAdapter, match=re.escape(f'{field}={value!r}')): load_adapter(model, folder)
+    assert not adapters(model)
+
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
     a = add_lora(llama(), r=4, targets='attention')
@@ -415,6 +443,33 @@ def test_older_key_layouts(rename, good, tmp_path):
     folder = shutil.copytree(good, tmp_path/'a')
     save_file({rename(k): v for k,v in load_file(good/'adapter_model.safetensors').items()}, folder/'adapter_model.safetensors')
     assert torch.equal(logits(load_adapter(llama(), folder).model), logits(load_adapter(llama(), good).model))
+
+def llava():
+    "A tiny model whose language model moved from language_model.model to model.language_model in transformers."
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    torch.manual_seed(0)
+    text = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, initializer_range=.1)
+    eyes = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=16)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=eyes, text_config=text, image_token_index=95)).eval()
+
+def test_modules_that_moved_are_found_as_peft_finds_them(tmp_path):
+    peer = get_peft_model(llava(), LoraConfig(r=4, target_modules=['q_proj', 'up_proj'])).eval()
+    shake_peft(peer)
+    want = logits(peer)
+    peer.save_pretrained(tmp_path/'new')
+    old = shutil.copytree(tmp_path/'new', tmp_path/'old')
+    back = lambda k: k.replace('model.model.language_model.', 'model.language_model.model.').replace('model.model.vision_tower.', 'model.vision_tower.')
+    state = {back(k): v for k,v in load_file(old/'adapter_model.safetensors').items()}
+    assert any('base_model.model.language_model.model.layers.1' in k for k in state) and not any('base_model.model.model.' in k for k in state)
+    save_file(state, old/'adapter_model.safetensors', metadata={'format': 'pt'})
+    close(logits(PeftModel.from_pretrained(llava(), old)), want)
+    for folder in ('new', 'old'): close(logits(load_adapter(llava(), tmp_path/folder).model), want)
+
+def test_single_experts_are_refused_by_name(good, tmp_path):
+    folder,model = shutil.copytree(good, tmp_path/'a'),mixtral()
+    tensors(lambda s, k: put(s, 'base_model.model.model.layers.0.block_sparse_moe.experts.1.w2.lora_A.weight', torch.zeros(4, 96)))(folder)
+    with pytest.raises(UnsupportedAdapter, match=r'experts\.1\.w2, a single expert.*fused'): load_adapter(model, folder)
+    assert not adapters(model)
 
 # --- many adapters -----------------------------------------------------------------------------------------------------
 
@@ -493,6 +548,15 @@ def test_truncation_error_is_the_tail(kw):
         assert abs(cut - tail) < 1e-5*S[0]
         assert abs(report.cut[p] - (tail/S.norm()).item()) < 1e-4 and report['rank after'][p] == 3
     assert set(a.ranks.values()) == {3}
+
+def test_truncate_tells_the_loss_before_and_after():
+    a = add_lora(llama(), r=8, targets='attention')
+    shake(a.parameters(), .3)
+    loss = lambda: a.model(X, labels=X).loss
+    before = loss().item()
+    table = truncate(a, 1, loss=loss)
+    assert table.attrs=={'loss_before': before, 'loss_after': loss().item()} and abs(table.attrs['loss_after']-before) > 1e-3
+    assert not truncate(a, 1).attrs
 
 def test_truncate_by_energy_and_by_layer(tmp_path):
     a = add_lora(llama(), r=8, targets='attention')
@@ -883,6 +947,10 @@ def test_loftq_turns_change_the_base_and_say_so(dora, tmp_path):
     again = llama_4bit()
     b = add_lora(again, r=8, targets='attention'); loftq(b, llama(), 4); b.remove()
     assert torch.equal(logits(load_adapter(again, tmp_path/'a').model), logits(a.model)) and adapters(again)['default'].changed_base
+    other = add_lora(again, r=2, targets='q_proj', name='other')   # a later adapter on such a base fits no other one either
+    with pytest.warns(UserWarning, match='fits no other'): other.save(tmp_path/'b')
+    with pytest.raises(AdapterMismatch, match='loftq chose'): load_adapter(llama_4bit(), tmp_path/'b')
+    assert not one[0].changed_base and copy.deepcopy(again).__dict__['_lora_nb_changed_base']
 
 def test_loftq_errors_change_nothing():
     model = llama_4bit()

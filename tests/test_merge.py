@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from lora_nb import merge as M
 import tempfile
-from lora_nb.adapter import activate, add_lora, by_row, extract, load_adapter
+from lora_nb.adapter import activate, add_lora, by_row, extract, load_adapter, loftq
 from lora_nb.data import Sample
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.merge import chosen, merge, merge_in_place, merge_report, merged, merged_parts, recommend, unmerge
@@ -110,7 +110,7 @@ CASES = dict(dense=lambda: on(llama()), tied=lambda: on(llama(tie_word_embedding
     tied_embedding=lambda: on_embedding(llama, targets=['embed_tokens', 'q_proj']),
     dora=lambda: on(llama(), dora=True), dora_4bit=lambda: on(in_4bit(llama()), dora=True), biases=lambda: on(in_4bit(llama(attention_bias=True))),
     pissa=lambda: on(llama(), init='pissa'), rslora=lambda: on(llama(), scaling='rslora'), several=lambda: several(llama()), several_4bit=lambda: several(in_4bit(llama())),
-    head=lambda: on(llama(), targets=['lm_head', 'v_proj']), gpt2=lambda: on(gpt2()), gpt2_embedding=lambda: on_embedding(gpt2, targets=['wte', 'c_attn']),
+    embedding_dora=lambda: on(llama(), targets=['embed_tokens', 'q_proj'], dora=True), head=lambda: on(llama(), targets=['lm_head', 'v_proj']), gpt2=lambda: on(gpt2()), gpt2_embedding=lambda: on_embedding(gpt2, targets=['wte', 'c_attn']),
     bias=lambda: on(gpt2(), bias='all'), bias_4bit=lambda: on(in_4bit(llama(attention_bias=True)), bias='lora_only', dora=True),
     whole=lambda: on(in_4bit(llama()), modules_to_save=['lm_head', 'norm']), rows=lambda: on(llama(), trainable_token_indices=[3, 5, 40]),
     rows_tied=lambda: on(in_4bit(llama(tie_word_embeddings=True)), trainable_token_indices=[3, 5, 40]),
@@ -282,6 +282,24 @@ def test_refusals_say_what_to_do_and_leave_nothing(tmp_path, monkeypatch):
     model = CASES['dense']()
     refuse(OSError, 'free')
     assert [p.name for p in tmp_path.iterdir()]==['there']
+
+
+def test_a_base_that_loftq_changed_merges_into_itself_only(tmp_path):
+    model,original = in_4bit(llama()),llama()
+    a = add_lora(model, r=4)
+    loftq(a, original, 3)
+    shaken(a, .02)
+    for call in (lambda: merge(model, a, tmp_path/'out', into=original), lambda: merge_report(model, a, DATA, original=original)):
+        with pytest.raises(ValueError, match='loftq with iterations > 1.*count twice.*Merge into the base'): call()
+    assert not list(tmp_path.iterdir())
+    assert merge_report(model, a, DATA).loc['base, fp32', 'kl'] < 1e-9
+    # one turn leaves the base alone, and the report shows what the original does to it
+    model = in_4bit(llama())
+    a = add_lora(model, r=4)
+    loftq(a, original)
+    shaken(a, .02)
+    report = merge_report(model, a, DATA, original=original)
+    assert report.loc['original, fp32', 'kl'] > 100*report.loc['base, fp32', 'kl'] and chosen(report).startswith('base')
 
 
 def test_a_layer_that_does_more_than_one_matrix_is_found_by_its_probe(tmp_path):

@@ -5,7 +5,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from lora_nb.adapter import add_lora
+from lora_nb.linear4bit import Linear4bit
 from lora_nb.lora import LoRALinear
+from lora_nb.quantize import NF4
 from lora_nb.spectra import (adapter_spectra, alignment, amplification, intruders, effective_rank, energy_rank, frobenius_norm, singular_values, spectra_by_layer,
                              spectral_norm, stable_rank, subspace_similarity)
 
@@ -117,3 +119,16 @@ def test_intruders_are_directions_that_W_lacks():
     with torch.no_grad(): layer.A['default'].copy_(nn.functional.normalize(torch.randn(1, 40), dim=1)); layer.B['default'].copy_(9*S[0]*nn.functional.normalize(torch.randn(60, 1), dim=0))
     t = intruders(layer, k=5)
     assert t.intruder.tolist() == [True, False, False, False, False] and t['singular value'][0] > 5*S[0]
+
+def test_a_4_bit_base_is_read_as_what_it_is():
+    torch.manual_seed(0)
+    full = nn.Linear(64, 96, bias=False)
+    packed = LoRALinear(Linear4bit.from_linear(full, NF4(double=True))).add(r=2, alpha=2)
+    dense = LoRALinear(nn.Linear(64, 96, bias=False)).add(r=2, alpha=2)
+    with torch.no_grad():
+        dense.base.weight.copy_(packed.base.dequantize(torch.float32))
+        for d in (packed, dense): d.A['default'].copy_(torch.eye(64)[:2]); d.B['default'].copy_(9*torch.eye(96)[:, :2])
+    W = packed.weight_2d()
+    assert not torch.equal(W, full.weight) and torch.equal(W.float(), dense.weight_2d())
+    assert intruders(packed).equals(intruders(dense)) and intruders(packed).intruder.any()
+    for f in (alignment, amplification): assert f(W, *packed.factors(), *([3] if f is alignment else [])) == f(dense.weight_2d(), *dense.factors(), *([3] if f is alignment else []))
