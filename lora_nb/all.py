@@ -7,9 +7,9 @@ __all__ = []
 
 # %% ../nbs/api/14_all.ipynb #a3ad4ce7
 from . import adapter,codebook,data,linear4bit,lora,loss,memory,merge,models,quantize,ranks,sensitivity,spectra,trainer
-from .widgets import live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum
+from .widgets import live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,chat_compare
 
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum)
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, chat_compare)
 __all__ = [name for m in _modules for name in m.__all__]
 
 # %% ../nbs/api/14_all.ipynb #95f4b3f4
@@ -32,3 +32,4 @@ from .widgets.quant_explorer import *
 from .widgets.merge_report import *
 from .widgets.adapter_inspector import *
 from .widgets.rank_spectrum import *
+from .widgets.chat_compare import *

@@ -5,30 +5,33 @@
 # %% auto #0
 __all__ = ['free_scratch', 'Linear4bit']
 
-# %% ../nbs/api/03_linear4bit.ipynb #537339d5
+# %% ../nbs/api/03_linear4bit.ipynb #ef79d654
 import threading
 import torch
 from torch import nn
 from .quantize import NF4, QuantConfig, QuantizedTensor, quantize
 
-# %% ../nbs/api/03_linear4bit.ipynb #c5570054
+# %% ../nbs/api/03_linear4bit.ipynb #9beb2c5e
 _scratch = threading.local()
 
-def _borrowed(q:QuantizedTensor, dtype:torch.dtype)->torch.Tensor:
-    "q dequantised to `dtype` in this thread's buffer: valid until this thread's next call, never to be returned or saved."
-    if q.device.type != "cpu": return q.dequantize(dtype)
+def _room(n:int, dtype:torch.dtype, device)->torch.Tensor:
+    "n numbers to write in; on the CPU this thread's buffer: valid until this thread's next call, never to be returned or saved."
+    if torch.device(device).type != "cpu": return torch.empty(n, dtype=dtype, device=device)
     held = _scratch.__dict__.setdefault("held", {})
-    n = q.numel()
     if dtype not in held or held[dtype].numel() < n:
         held.pop(dtype, None)
         with torch.inference_mode(False): held[dtype] = torch.empty(n, dtype=dtype)
-    return q.dequantize(dtype, out=held[dtype][:n].view(q.shape))
+    return held[dtype][:n]
+
+def _borrowed(q:QuantizedTensor, dtype:torch.dtype)->torch.Tensor:
+    "q dequantised to `dtype` in `_room`."
+    return q.dequantize(dtype, out=_room(q.numel(), dtype, q.device).view(q.shape))
 
 def free_scratch():
     "Give this thread's buffers back."
     _scratch.__dict__.pop("held", None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #f5cc3a47
+# %% ../nbs/api/03_linear4bit.ipynb #50332581
 class _MatMul4bit(torch.autograd.Function):
     "y = x Ŵᵀ + b. Saves no weight: the backward pass reads Ŵ again from its codes."
     @staticmethod
@@ -42,7 +45,7 @@ class _MatMul4bit(torch.autograd.Function):
         to_x, to_bias = ctx.needs_input_grad[:2]
         return (grad @ _borrowed(ctx.q, grad.dtype) if to_x else None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #f5630aec
+# %% ../nbs/api/03_linear4bit.ipynb #461056ec
 class Linear4bit(nn.Module):
     """y = x Ŵᵀ + b with Ŵ (out_features, in_features) read from 4 bits for each call. Computes in x's dtype (under autocast, in autocast's).
 

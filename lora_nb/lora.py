@@ -7,7 +7,7 @@ __all__ = ['SCALINGS', 'INITS', 'alpha_over_r', 'rslora', 'kaiming', 'gaussian',
            'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding', 'LoRAConv2d', 'Own',
            'OwnTensors', 'embedding_rows', 'head_rows', 'OwnRows']
 
-# %% ../nbs/api/04_lora.ipynb #06332fe9
+# %% ../nbs/api/04_lora.ipynb #14adfbd2
 import math
 from collections.abc import Callable
 import torch
@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from .quantize import patch_to
 
-# %% ../nbs/api/04_lora.ipynb #6046ce02
+# %% ../nbs/api/04_lora.ipynb #26c947de
 def alpha_over_r(
     alpha:float, # loudness of the update; PEFT's `lora_alpha`
     r:int        # rank
@@ -33,7 +33,7 @@ def rslora(
 
 SCALINGS = {'alpha/r': alpha_over_r, 'rslora': rslora}
 
-# %% ../nbs/api/04_lora.ipynb #12d5dcb5
+# %% ../nbs/api/04_lora.ipynb #717d0910
 def kaiming(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), float32
     "A uniform in ±1/√in, as `nn.Linear` starts; B zero (PEFT's `init_lora_weights=True`)."
     bound = 1/math.sqrt(layer.in_features)
@@ -47,7 +47,7 @@ def zero_start(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
     "Both zero: room for tensors that are read from a file. It cannot learn from here."
     return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
 
-# %% ../nbs/api/04_lora.ipynb #6f9a92aa
+# %% ../nbs/api/04_lora.ipynb #67bc3cda
 def _weight_for(layer, r, what):
     if r > (most := min(layer.in_features, layer.out_features)):
         raise ValueError(f"init='{what}' takes r directions of a W {(layer.out_features, layer.in_features)}, which has {most}; "
@@ -68,7 +68,7 @@ def olora(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
 
 INITS:dict[str,Callable] = {'kaiming': kaiming, 'gaussian': gaussian, 'pissa': pissa, 'olora': olora, 'zeros': zero_start}
 
-# %% ../nbs/api/04_lora.ipynb #7f716b6e
+# %% ../nbs/api/04_lora.ipynb #1aebbe36
 def weight_2d(
     base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
 )->Tensor:         # W (out, in), detached; a 4-bit base is dequantised
@@ -81,7 +81,7 @@ def weight_2d(
     W = base.weight.detach()
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W
 
-# %% ../nbs/api/04_lora.ipynb #70d0433c
+# %% ../nbs/api/04_lora.ipynb #573c2ff7
 def _check(name, r, alpha, dropout, scaling, init):
     if not isinstance(name, str) or not name or '.' in name:
         raise ValueError(f'An adapter is named by a string without dots; given {name!r}.')
@@ -91,7 +91,7 @@ def _check(name, r, alpha, dropout, scaling, init):
     if scaling not in SCALINGS: raise ValueError(f'No scaling {scaling!r}. There are: {", ".join(SCALINGS)}.')
     if init not in INITS: raise ValueError(f'No init {init!r}. There are: {", ".join(INITS)}.')
 
-# %% ../nbs/api/04_lora.ipynb #653a5075
+# %% ../nbs/api/04_lora.ipynb #733011f5
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates beside it: y = base(x) + s·(dropout(x) Aᵀ) Bᵀ, for each active adapter.
 
@@ -105,6 +105,7 @@ class LoRALinear(nn.Module):
         self.A,self.B,self.m = nn.ParameterDict(),nn.ParameterDict(),nn.ParameterDict()
         self.A0,self.B0 = nn.Module(),nn.Module()  # buffers by adapter name: the start that ΔW leaves out
         self.scaling,self.alpha,self.dropout,self.how,self.active,self.rows = {},{},{},{},[],None
+        self.training = base.training
 
     @staticmethod
     def _features_of(base): return base.out_features,base.in_features
@@ -149,12 +150,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{n}: r={len(A)}' for n,A in self.A.items())
 
-# %% ../nbs/api/04_lora.ipynb #7dc360ff
+# %% ../nbs/api/04_lora.ipynb #c0e2804e
 def add_update(layer, name, x, y):
     "y + ΔW x: LoRA's own way to join the base's output `y (…, out)`."
     return y + layer.update(name, x)
 
-# %% ../nbs/api/04_lora.ipynb #8beb3fc2
+# %% ../nbs/api/04_lora.ipynb #34428b0b
 @torch.no_grad()
 def _place(layer, name, A, B):
     "Make A and B this layer's parameters, on the base's device; keep a copy of a start whose product is not zero."
@@ -193,7 +194,7 @@ def drop_adapter(self, name:str):
         if name in d: del d[name]
     if name in self.active: self.active.remove(name)
 
-# %% ../nbs/api/04_lora.ipynb #ccbaeee4
+# %% ../nbs/api/04_lora.ipynb #3309616a
 @patch_to(LoRALinear)
 @torch.no_grad()
 def factors(self, name:str='default'
@@ -211,7 +212,7 @@ def delta(self, name:str='default'
     A,B = self.factors(name)
     return self.scaling[name]*(B @ A)
 
-# %% ../nbs/api/04_lora.ipynb #88cccba5
+# %% ../nbs/api/04_lora.ipynb #ef4498dd
 def thin_svd(
     A:Tensor, # (…, k, in)
     B:Tensor  # (…, out, k)
@@ -222,7 +223,7 @@ def thin_svd(
     U,S,Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     return Qb @ U, S, Vh @ Qa.mT
 
-# %% ../nbs/api/04_lora.ipynb #6836b4b7
+# %% ../nbs/api/04_lora.ipynb #154531dd
 @patch_to(LoRALinear)
 @torch.no_grad()
 def row_norm(self, name:str='default'
@@ -246,7 +247,7 @@ def _start_magnitude(layer, name):
     layer.m[name] = nn.Parameter(layer.row_norm(name))
     layer.how[name] = dora_update
 
-# %% ../nbs/api/04_lora.ipynb #65bc401b
+# %% ../nbs/api/04_lora.ipynb #10ad2603
 @patch_to(LoRALinear)
 @torch.no_grad()
 def merged(self,
@@ -260,13 +261,13 @@ def merged(self,
         if n in self.m: W *= (self.m[n]/self.row_norm(n))[:,None].to(W.dtype)
     return W
 
-# %% ../nbs/api/04_lora.ipynb #b3047bff
+# %% ../nbs/api/04_lora.ipynb #e5850146
 class LoRAConv1D(LoRALinear):
     "`LoRALinear` over transformers' `Conv1D`, whose weight is stored (in, out)."
     @staticmethod
     def _features_of(base): return base.weight.shape[1],base.weight.shape[0]
 
-# %% ../nbs/api/04_lora.ipynb #b1d8e5e6
+# %% ../nbs/api/04_lora.ipynb #1cad79cf
 class LoRAEmbedding(LoRALinear):
     """`nn.Embedding` with low-rank updates: y = base(ids) + s·A[:, ids]ᵀ Bᵀ; `A (r, vocabulary)`, `B (dim, r)`.
 
@@ -284,7 +285,7 @@ class LoRAEmbedding(LoRALinear):
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r)
     def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
 
-# %% ../nbs/api/04_lora.ipynb #28094dc5
+# %% ../nbs/api/04_lora.ipynb #af2bb838
 class LoRAConv2d(LoRALinear):
     "`LoRALinear` over `nn.Conv2d`: A (r, in·kh·kw) acts as a convolution of the base's stride, padding and dilation, B (out, r) as a 1×1 one."
     def __init__(self, base):
@@ -301,7 +302,7 @@ class LoRAConv2d(LoRALinear):
     def to_output(self, v): return v[:,None,None]
     def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
 
-# %% ../nbs/api/04_lora.ipynb #95c32e73
+# %% ../nbs/api/04_lora.ipynb #ec5772b6
 class Own(nn.Module):
     "A module beside which adapters hold tensors of their own; `active` names those that take part. Other attributes are the base's."
     def __init__(self, base):
@@ -316,7 +317,7 @@ class Own(nn.Module):
         "The adapter whose tensors count now; None in a batch whose rows have their own adapters."
         return None if self.rows is not None else next((n for n in reversed(self.active) if self.holds(n)), None)
 
-# %% ../nbs/api/04_lora.ipynb #cc7b5fea
+# %% ../nbs/api/04_lora.ipynb #8fc8c0dd
 class OwnTensors(Own):
     """The base, run with an adapter's own copies of some of its parameters (and, for a whole module, buffers).
 
@@ -355,7 +356,7 @@ class OwnTensors(Own):
         mine = {pre+k: t.to(base.get_parameter(k).dtype) if isinstance(t, nn.Parameter) else t for k,t in self.tensors(n).items()}
         return torch.func.functional_call(self.base, mine, args, kwargs)
 
-# %% ../nbs/api/04_lora.ipynb #c005e9d1
+# %% ../nbs/api/04_lora.ipynb #65209e07
 def embedding_rows(base, ids, y, rows, index):
     "y = base(ids) with `rows (k, dim)` in the places of the token ids `index (k,)`."
     place = torch.full((base.num_embeddings,), -1, device=ids.device).index_put_((index,), torch.arange(len(index), device=ids.device))
@@ -408,7 +409,7 @@ class OwnRows(Own):
         h = self.holder()
         return (embedding_rows if isinstance(base, nn.Embedding) else head_rows)(base, x, y, h.row[n], h.index._buffers[n])
 
-# %% ../nbs/api/04_lora.ipynb #649fbd2e
+# %% ../nbs/api/04_lora.ipynb #a93bab1f
 @patch_to(LoRALinear)
 def _by_row(self, x, y):
     if len(self.rows) != len(x):

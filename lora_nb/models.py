@@ -6,11 +6,12 @@
 __all__ = ['SMOLLM2', 'default_dtype', 'read_safetensor', 'safetensors_files', 'safetensors_tensors', 'gguf_header',
            'read_gguf_tensor', 'builtin_gguf', 'gguf_config', 'gguf_tensors', 'empty_model', 'quantisable',
            'quant_plan', 'model_keys', 'fill', 'load_whole', 'locate', 'read_config', 'load_tokenizer', 'set_stops',
-           'load_model', 'bnb_settings', 'save_model', 'ask']
+           'load_model', 'bnb_settings', 'save_model', 'ask', 'stream_answer']
 
 # %% ../nbs/api/06_models.ipynb #934da227
-import copy,difflib,fnmatch,importlib.util,json,re,shutil,struct,tempfile,warnings
+import copy,difflib,fnmatch,importlib.util,json,re,reprlib,shutil,struct,tempfile,warnings
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path,PurePosixPath
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,GenerationConfig,PreTrainedTokenizerFast
+from transformers.generation import BaseStreamer,StoppingCriteriaList
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .linear4bit import Linear4bit
 from .lora import LoRALinear
@@ -519,30 +521,89 @@ def save_model(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/api/06_models.ipynb #ce4137b0
-@torch.no_grad()
-def ask(
-    model,
-    tok, # its tokenizer, with a chat template
-    questions, # one question, or a list of them
-    max_new_tokens:int=64, # the longest answer
-    batch_size:int=16 # questions at a time
-): # str for str, list of str for a list: the new text alone
-    """Greedy answers through the chat template. The model's training mode and the tokenizer's padding side are left as they were.
-    Raises ValueError where the tokenizer has no chat template."""
-    if not tok.chat_template: raise ValueError(f"The tokenizer of '{tok.name_or_path}' has no chat template, so it is not known how a question is put. Use an instruct model, or set tok.chat_template.")
-    if isinstance(questions, str): return ask(model, tok, [questions], max_new_tokens)[0]
-    questions,res = list(questions),[]
-    texts = [tok.apply_chat_template([dict(role="user", content=q)], tokenize=False, add_generation_prompt=True) for q in questions]
+# %% ../nbs/api/06_models.ipynb #351d6eee
+def _as_chat(question):
+    "A question as a list of messages. TypeError where it is neither a text nor a chat."
+    if isinstance(question, str): return [dict(role="user", content=question)]
+    if isinstance(question, list) and question and all(isinstance(m, dict) and "role" in m for m in question): return question
+    raise TypeError(f"A question is a text, or a chat: a list of dicts with 'role' and 'content'. Given {reprlib.repr(question)}.")
+
+def _prompt(tok, question):
+    "What the chat template makes of a question, up to where the answer begins."
+    if not getattr(tok, "chat_template", None): raise ValueError(f"The tokenizer of '{getattr(tok, 'name_or_path', '?')}' has no chat template, so it is not known how a question is put. Use an instruct model, or set tok.chat_template.")
+    return tok.apply_chat_template(_as_chat(question), tokenize=False, add_generation_prompt=True)
+
+# %% ../nbs/api/06_models.ipynb #b1a19471
+@contextmanager
+def _answering(model, tok):
+    "Within this context the model is in eval mode and the tokenizer pads on the left."
     side,modes = tok.padding_side,[(m, m.training) for m in model.modules()]
     try:
         tok.padding_side = "left"
         model.eval()
-        for i in range(0, len(texts), batch_size):
-            x = tok(texts[i:i+batch_size], return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False).to(model.device)
-            y = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True)
-            res += tok.batch_decode(y[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
+        yield
     finally:
         tok.padding_side = side
         for m,mode in modes: m.training = mode
-    return [o.strip() for o in res]
+
+def _new_text(tok, ids): return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+def _generate(model, tok, prompts, max_new_tokens, **kwargs):
+    "Greedy answers to prompts of one batch: the new text alone."
+    x = tok(prompts, return_tensors="pt", padding=len(prompts)>1, add_special_tokens=False, return_token_type_ids=False).to(model.device)
+    y = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True, **kwargs)
+    return [_new_text(tok, o).strip() for o in y[:, x["input_ids"].shape[1]:]]
+
+# %% ../nbs/api/06_models.ipynb #65e80a38
+@torch.no_grad()
+def ask(
+    model,
+    tok, # its tokenizer, with a chat template
+    questions, # a question, or a list of them; a question is a text or a chat (a list of dicts with 'role' and 'content')
+    max_new_tokens:int=64, # the longest answer
+    batch_size:int=16 # questions at a time
+): # str for one question, list of str for a list: the new text alone
+    """Greedy answers through the chat template. The model's training mode and the tokenizer's padding side are left as they were.
+    Raises ValueError where the tokenizer has no chat template, TypeError for what is no question."""
+    one = isinstance(questions, (str, dict)) or isinstance(questions, list) and questions and isinstance(questions[0], dict)
+    prompts = [_prompt(tok, q) for q in ([questions] if one else list(questions))]
+    with _answering(model, tok): res = [o for i in range(0, len(prompts), batch_size) for o in _generate(model, tok, prompts[i:i+batch_size], max_new_tokens)]
+    return res[0] if one else res
+
+# %% ../nbs/api/06_models.ipynb #2f72118c
+def _settled(text): return text.strip().rstrip("\ufffd").rstrip()
+
+class _Pieces(BaseStreamer):
+    "At each token, passes on the text that no further token will change: often a word, nothing inside of a character."
+    def __init__(self, tok, on_text): self.tok,self.on_text,self.ids,self.said = tok,on_text,None,""
+
+    def put(self, value):
+        if self.ids is None: self.ids = []          # generate puts the prompt first
+        else:
+            self.ids += value.flatten().tolist()
+            self.say(_settled(_new_text(self.tok, self.ids)))
+
+    def say(self, text):
+        piece = text[len(self.said):] if text.startswith(self.said) else ""
+        self.said += piece
+        self.on_text(piece)
+
+    def end(self):
+        whole = _new_text(self.tok, self.ids or []).strip()
+        if whole!=self.said: self.say(whole)
+
+# %% ../nbs/api/06_models.ipynb #2ebc713e
+@torch.no_grad()
+def stream_answer(
+    model,
+    tok, # its tokenizer, with a chat template
+    question, # a text or a chat
+    on_text, # called after each token, in this thread, with the text that it made final ("" where it is part of a character)
+    stop=None, # a threading.Event: once it is set, the answer ends where it is
+    max_new_tokens:int=128 # the longest answer
+)->str: # the answer: the pieces together, and what `ask` returns where nothing stopped it
+    "The greedy answer to one question, passed on while it grows. Leaves everything as `ask` does, and raises the same errors; an error in `on_text` ends it."
+    prompt = _prompt(tok, question)
+    if stop is not None and stop.is_set(): return ""
+    ends = StoppingCriteriaList([lambda ids,scores,**_: torch.full((len(ids),), stop is not None and stop.is_set(), device=ids.device)])
+    with _answering(model, tok): return _generate(model, tok, [prompt], max_new_tokens, streamer=_Pieces(tok, on_text), stopping_criteria=ends)[0]

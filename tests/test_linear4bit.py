@@ -122,10 +122,10 @@ def test_a_bad_weight_is_named():
 
 # transformers, through files
 
-def tiny_llama():
+def tiny_llama(**kw):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, max_position_embeddings=64)).eval()
+    return LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, max_position_embeddings=64, **kw)).eval()
 
 def linears(model): return {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
 
@@ -135,6 +135,34 @@ def bnb_config(kind, double):
 
 def logits(model):
     with torch.no_grad(): return model(input_ids=torch.arange(24).view(2, 12)).logits
+
+def with_bias(dtype):
+    "A tiny Llama whose linear layers have biases that are not zero."
+    model = tiny_llama(attention_bias=True, mlp_bias=True).to(dtype)
+    g = torch.Generator().manual_seed(0)
+    for n, p in model.named_parameters():
+        if n.endswith("bias"): p.data.copy_(torch.randn(p.shape, generator=g)*.1)
+    return model
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_biases_and_dtypes_go_both_ways(tmp_path, dtype):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    full, near = with_bias(dtype), 1e-6 if dtype == torch.float32 else 2e-2
+    full.save_pretrained(tmp_path/"full")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path/"full", quantization_config=config, dtype=dtype)
+    theirs.save_pretrained(tmp_path/"theirs")
+    sd, ours = load_file(tmp_path/"theirs"/"model.safetensors"), with_bias(dtype)
+    for name, lin in linears(ours).items(): ours.set_submodule(name, Linear4bit(QuantizedTensor.from_state_dict(sd, f"{name}.weight"), torch.zeros_like(lin.bias)))
+    assert not ours.load_state_dict(sd, strict=False).unexpected_keys
+    assert torch.equal(ours.model.layers[1].mlp.up_proj.bias, full.model.layers[1].mlp.up_proj.bias) and torch.allclose(logits(ours), logits(theirs), atol=near)
+    ours.config.quantization_config = config.to_dict()
+    ours.config.save_pretrained(tmp_path/"ours")
+    mine = {k: v.contiguous() for k, v in ours.state_dict().items()}
+    assert mine.keys() == sd.keys() and all(torch.equal(mine[k], sd[k]) for k in sd if "quant_state" not in k)
+    save_file(mine, tmp_path/"ours"/"model.safetensors", metadata={"format": "pt"})
+    again = AutoModelForCausalLM.from_pretrained(tmp_path/"ours", dtype=dtype)
+    assert again.model.layers[0].mlp.up_proj.weight.quant_state.dtype == dtype and torch.equal(logits(again), logits(theirs))
 
 @pytest.mark.parametrize("kind, double", [("nf4", True), ("nf4", False), ("fp4", True)])
 def test_a_checkpoint_of_transformers_loads_here(tmp_path, kind, double):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from lora_nb import models
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.adapter import add_lora
-from lora_nb.models import ask, builtin_gguf, default_dtype, gguf_header, load_model, quantisable, safetensors_files, save_model
+from lora_nb.models import ask, builtin_gguf, default_dtype, gguf_header, load_model, quantisable, safetensors_files, save_model, stream_answer
 from lora_nb.quantize import FP4, NF4, quantize
 
 SMALL = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
@@ -336,6 +336,95 @@ def test_ask_without_template(tmp_path, tok_file):
     m, tok = load_model(tmp_path, device="cpu")
     tok.chat_template = None
     with pytest.raises(ValueError, match="no chat template"): ask(m, tok, "w5")
+    with pytest.raises(ValueError, match="no chat template"): stream_answer(m, tok, "w5", print)
+
+# --- chats, and answers that come word by word
+
+CHAT = [dict(role="system", content="Answer in one word."), dict(role="user", content="What is the capital of France?")]
+
+def test_ask_takes_chats(built_in):
+    m, tok = built_in
+    alone = [ask(m, tok, q, 7) for q in (CHAT, "Hello", [dict(role="user", content="Hello")])]
+    assert isinstance(alone[0], str) and alone[1] == alone[2]
+    turns = [dict(role="user", content="My name is Bob."), dict(role="assistant", content="Hello Bob!"), dict(role="user", content="What is my name?")]
+    assert "Bob" in ask(m, tok, turns, 12) and "Bob" not in ask(m, tok, turns[-1]["content"], 12)
+    assert ask(m, tok, [CHAT], 7) == alone[:1] and len(ask(m, tok, [CHAT, "Hello"], 7)) == 2 and ask(m, tok, ("Hello",), 7) == alone[1:2]
+
+@pytest.mark.parametrize("wrong", [3, None, dict(role="user", content="x"), [3], [dict(content="x")], ["x", dict(role="user", content="x")], [[]], [["x"]]], ids=repr)
+def test_what_is_no_question_is_told(built_in, wrong):
+    with pytest.raises(TypeError, match="'role' and 'content'|not iterable"): ask(*built_in, wrong, 3)
+    with pytest.raises(TypeError, match="'role' and 'content'"): stream_answer(*built_in, wrong, print, max_new_tokens=3)
+
+@pytest.mark.parametrize("question", ["What is the capital of France?", CHAT, "Repeat after me: 🤗 é 中文!", "", "List three fruits, one a line."], ids=str)
+def test_streamed_is_what_ask_gives(built_in, question):
+    m, tok = built_in
+    m.train(); m.model.layers[3].eval(); tok.padding_side = "right"
+    got, rng = [], torch.get_rng_state()
+    answer = stream_answer(m, tok, question, got.append, max_new_tokens=24)
+    assert m.training and not m.model.layers[3].training and m.model.layers[4].training and tok.padding_side == "right" and torch.equal(torch.get_rng_state(), rng)
+    m.eval()
+    assert answer == ask(m, tok, question, 24) == "".join(got) and len(got) > 3
+    assert not any("\ufffd" in o for o in got)
+
+def test_an_event_stops_the_stream(built_in):
+    import threading
+    m, tok = built_in
+    whole, stop, got = ask(m, tok, "What is LoRA?", 40), threading.Event(), []
+    def hear(piece): got.append(piece); len(got) == 5 and stop.set()
+    cut = stream_answer(m, tok, "What is LoRA?", hear, stop, 40)
+    assert len(got) == 6 and whole.startswith(cut) and "".join(got) == cut != whole
+    assert stream_answer(m, tok, "What is LoRA?", hear, stop, 40) == "" and len(got) == 6
+
+def test_an_error_while_hearing_ends_the_stream(built_in):
+    m, tok = built_in
+    def broken(piece): raise OSError("nobody listens")
+    m.train()
+    with pytest.raises(OSError, match="nobody listens"): stream_answer(m, tok, "Hello", broken)
+    assert m.training
+    m.eval()
+
+def byte_tokenizer(fallback):
+    "A tokenizer of 256 bytes: GPT-2's letters for them, or SentencePiece's <0x..> with its way of decoding."
+    from tokenizers import Tokenizer, decoders, models as tm, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    names = [f"<0x{i:02X}>" for i in range(256)] if fallback else [bytes_to_unicode()[i] for i in range(256)]
+    t = Tokenizer(tm.BPE({n: i for i, n in enumerate(names)} | {"</s>": 256}, []))
+    t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]) if fallback else decoders.ByteLevel()
+    if not fallback: t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>", pad_token="</s>", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+def heard(tok, raw):
+    got = []
+    pieces = models._Pieces(tok, got.append)
+    pieces.put(torch.tensor([[1, 2]]))
+    for b in raw: pieces.put(torch.tensor([b]))
+    pieces.end()
+    return got
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_characters_come_whole(fallback):
+    tok = byte_tokenizer(fallback)
+    assert heard(tok, " é🤗 中\n a ".encode()) == ["", "", "é", "", "", "", "🤗", "", "", "", " 中", "", "", "\n a", ""]
+    assert heard(tok, b"\xf0\x9f\xa4")[:3] == ["", "", ""] and "\ufffd" in heard(tok, b"\xf0\x9f\xa4")[-1]     # cut inside of a character: told at the end
+    assert "".join(heard(tok, "a\ufffd b".encode())) == "a\ufffd b" and heard(tok, b"") == []
+
+def test_any_bytes_join_to_the_whole():
+    "Random bytes are mostly no UTF-8; what was said is never taken back."
+    tok, g = byte_tokenizer(False), torch.Generator().manual_seed(0)
+    pool = list("aé中🤗\ufffd \n".encode())
+    for n in range(200):
+        raw = [pool[i] for i in torch.randint(len(pool), (40,), generator=g)] if n%2 else torch.randint(256, (40,), generator=g).tolist()
+        assert "".join(heard(tok, raw)) == tok.decode(raw).strip()
+
+def test_a_model_of_bytes_streams_what_ask_gives():
+    tok = byte_tokenizer(False)
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(LlamaConfig(**SMALL | dict(vocab_size=257), bos_token_id=None, eos_token_id=256, pad_token_id=256)).eval()
+    with torch.no_grad(): m.lm_head.weight.mul_(20)
+    for q in ("a", "🤗?", "xyz"):
+        got = []
+        assert stream_answer(m, tok, q, got.append, max_new_tokens=40) == "".join(got) == ask(m, tok, q, 40) and len(got) > 1
 
 # --- memory
 
@@ -376,6 +465,24 @@ def test_a_billion_parameters_stream(tmp_path, tok_file):
     print(f"finished model {size/1e6:.0f} MB, largest tensor {largest/1e6:.0f}, process before {before/1e6:.0f}; peak growth {growth/1e6:.0f} MB = {growth/(size+largest):.3f} of the bound ({how})")
     assert sum(s.numel() for s in shapes.values()) > 1e9 and how == "VmHWM"
     assert size < growth <= 1.1*(size+largest)
+
+GGUF = """
+from lora_nb.memory import peak_memory
+from lora_nb.models import load_model
+from lora_nb.quantize import NF4
+with peak_memory() as m: model, tok = load_model("smollm2", quant=NF4(double=True), dtype=__import__("torch").bfloat16, device="cpu")
+print(m.growth, m.how)
+"""
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the exact peak is Linux's")
+def test_a_gguf_is_never_held_in_fp32(built_in):
+    "From a bare process: libraries, tokenizer and finished model together take less than an fp32 copy of the weights alone."
+    run = subprocess.run([sys.executable, "-c", GGUF], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    growth, how = run.stdout.split()
+    copy = 4*sum(p.numel() for p in built_in[0].parameters())
+    print(f"peak growth {int(growth)/1e6:.0f} MB; a copy in fp32: {copy/1e6:.0f} MB ({how})")
+    assert int(growth) < .75*copy
 
 # --- writing
 
