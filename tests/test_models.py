@@ -344,11 +344,14 @@ CHAT = [dict(role="system", content="Answer in one word."), dict(role="user", co
 
 def test_ask_takes_chats(built_in):
     m, tok = built_in
-    alone = [ask(m, tok, q, 7) for q in (CHAT, "Hello", [dict(role="user", content="Hello")])]
-    assert isinstance(alone[0], str) and alone[1] == alone[2]
-    turns = [dict(role="user", content="My name is Bob."), dict(role="assistant", content="Hello Bob!"), dict(role="user", content="What is my name?")]
-    assert "Bob" in ask(m, tok, turns, 12) and "Bob" not in ask(m, tok, turns[-1]["content"], 12)
-    assert ask(m, tok, [CHAT], 7) == alone[:1] and len(ask(m, tok, [CHAT, "Hello"], 7)) == 2 and ask(m, tok, ("Hello",), 7) == alone[1:2]
+    turns = [dict(role="user", content="My name is Ada."), dict(role="assistant", content="Hello, Ada."), dict(role="user", content="What is my name?")]
+    alone = [ask(m, tok, q, 7) for q in (CHAT, turns, "Hello", [dict(role="user", content="Hello")])]
+    for q, answer in zip((CHAT, turns), alone):
+        x = tok.apply_chat_template(q, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        y = m.generate(**x, max_new_tokens=7, do_sample=False)[0, x["input_ids"].shape[1]:]
+        assert isinstance(answer, str) and answer == tok.decode(y, skip_special_tokens=True).strip()
+    assert "Ada" in alone[1] and alone[2] == alone[3]
+    assert ask(m, tok, [CHAT], 7) == alone[:1] and len(ask(m, tok, [CHAT, "Hello"], 7)) == 2 and ask(m, tok, ("Hello",), 7) == alone[2:3]
 
 @pytest.mark.parametrize("wrong", [3, None, dict(role="user", content="x"), [3], [dict(content="x")], ["x", dict(role="user", content="x")], [[]], [["x"]]], ids=repr)
 def test_what_is_no_question_is_told(built_in, wrong):
@@ -360,10 +363,10 @@ def test_streamed_is_what_ask_gives(built_in, question):
     m, tok = built_in
     m.train(); m.model.layers[3].eval(); tok.padding_side = "right"
     got, rng = [], torch.get_rng_state()
-    answer = stream_answer(m, tok, question, got.append, max_new_tokens=24)
+    answer = stream_answer(m, tok, question, got.append, max_new_tokens=12)
     assert m.training and not m.model.layers[3].training and m.model.layers[4].training and tok.padding_side == "right" and torch.equal(torch.get_rng_state(), rng)
     m.eval()
-    assert answer == ask(m, tok, question, 24) == "".join(got) and len(got) > 3
+    assert answer == ask(m, tok, question, 12) == "".join(got) and len(got) > 3
     assert not any("\ufffd" in o for o in got)
 
 def test_an_event_stops_the_stream(built_in):
