@@ -10,7 +10,7 @@ __all__ = ['NOTHING_BEYOND', 'PEFT_FIELDS', 'bare', 'base_modules', 'layer_class
            'UnsupportedAdapter', 'load_adapter', 'train_only', 'by_row', 'combine', 'truncate', 'expand', 'loftq',
            'extract']
 
-# %% ../nbs/api/05_adapter.ipynb #4938a361
+# %% ../nbs/api/05_adapter.ipynb #b8623b73
 import difflib, hashlib, json, math, os, re, shutil, tempfile, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .linear4bit import Linear4bit
 from .quantize import quantize
 from .lora import LoRALinear, LoRAConv1D, LoRAConv2d, LoRAEmbedding, Own, OwnRows, OwnTensors, thin_svd, weight_2d, patch_to, _check
 
-# %% ../nbs/api/05_adapter.ipynb #1e336576
+# %% ../nbs/api/05_adapter.ipynb #aa9b8cfd
 def bare(module:nn.Module)->nn.Module:
     "The model's own module, inside whatever adapters have put around it."
     while isinstance(module, (LoRALinear, Own)): module = module.base
@@ -42,7 +42,7 @@ def base_modules(model:nn.Module)->dict[str,nn.Module]: # path → module, witho
     del found['']
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #6bc96769
+# %% ../nbs/api/05_adapter.ipynb #c5a46f50
 def layer_class(module:nn.Module)->type|None: # `LoRALinear`, `LoRAConv1D`, `LoRAConv2d`, `LoRAEmbedding`; None: no adapter fits on it
     "The LoRA layer for a module. A 4-bit layer counts as linear: it has in_features, out_features and `dequantize()`."
     if type(module).__name__ == 'NonDynamicallyQuantizableLinear': return None  # nn.MultiheadAttention reads its weight, and never calls it
@@ -62,7 +62,7 @@ def input_path(model:nn.Module, modules:dict[str,nn.Module])->str|None:
     except (AttributeError, NotImplementedError): return None
     return next((p for p,m in modules.items() if m is bare(inp)), None) if inp is not None else None
 
-# %% ../nbs/api/05_adapter.ipynb #3d58ebe4
+# %% ../nbs/api/05_adapter.ipynb #f9eb0b14
 _INSIDE = {'attention': re.compile(r'attn|attention'), 'mlp': re.compile(r'mlp|ffn|feed_forward|feedforward|experts')}
 
 def path_matches(pattern:str, path:str)->bool:
@@ -82,7 +82,7 @@ def _fits(target, path, module, out):
                 and any(_INSIDE[target].search(part) for part in path.lower().split('.')[:-1]))
     return path_matches(target, path)
 
-# %% ../nbs/api/05_adapter.ipynb #9b58534c
+# %% ../nbs/api/05_adapter.ipynb #9bbb61b2
 class TargetError(ValueError):
     "A target that names no layer, or a layer that must not be adapted."
 
@@ -108,7 +108,7 @@ def _no_match(model, modules, target):
     near = difflib.get_close_matches(target.split('.')[-1], leaves, n=3, cutoff=.3) or [n for n,_ in leaves.most_common(3)]
     return TargetError(f"No module matches '{target}'. Nearest: {_layers_of([(n, leaves[n]) for n in near])}. targets_preview(model) lists all.")
 
-# %% ../nbs/api/05_adapter.ipynb #96d0980f
+# %% ../nbs/api/05_adapter.ipynb #27594387
 def tied_to(modules:dict[str,nn.Module], path:str)->str|None:
     "The path of another module that shares this module's weight tensor."
     w = getattr(modules[path], 'weight', None)
@@ -152,7 +152,7 @@ def find_targets(
                               "for tokens that are new to the model use trainable_token_indices; or part them first with untie(model).")
     return {p: modules[p] for p in found}
 
-# %% ../nbs/api/05_adapter.ipynb #0f834b60
+# %% ../nbs/api/05_adapter.ipynb #8c310edf
 def _rank_for(patterns, path, default):
     "The value of the first pattern that fits the end of the path, as PEFT reads rank_pattern and alpha_pattern."
     return next((v for k,v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', path)), default)
@@ -173,7 +173,7 @@ def targets_preview(
     table.loc[len(table)] = ['total', '', '', table.layers.sum(), table.parameters.sum()]
     return table
 
-# %% ../nbs/api/05_adapter.ipynb #25b07fc1
+# %% ../nbs/api/05_adapter.ipynb #8c856f5a
 class Adapter:
     """One named adapter on a model. Made by `add_lora` and `load_adapter`, not by hand.
 
@@ -217,6 +217,7 @@ class Adapter:
                 f"{self.n_params:,} parameters{', DoRA' if self.options['dora'] else ''}"
                 f"{f', {len(self.own)} modules with tensors of its own' if self.own else ''})")
 
+# %% ../nbs/api/05_adapter.ipynb #fabca01e
 NOTHING_BEYOND = dict(bias='none', modules_to_save=[], trainable_token_indices={})
 
 def _tensors(layer, name):
@@ -226,7 +227,7 @@ def _tensors(layer, name):
     yield f'{kind}B{end}',layer.B[name]
     if name in layer.m: yield 'lora_magnitude_vector',layer.m[name]
 
-# %% ../nbs/api/05_adapter.ipynb #9e2011d9
+# %% ../nbs/api/05_adapter.ipynb #754926f2
 def adapters(model:nn.Module)->dict[str,Adapter]:
     "The adapters on this model, by name."
     return model.__dict__.setdefault('_lora_nb_adapters', {})
@@ -257,6 +258,7 @@ def _wrap_own(model, name, beyond, own, made):
         wrapped[path] = wrapper
     return wrapped
 
+# %% ../nbs/api/05_adapter.ipynb #a924d012
 def _attach(model, name, plan, options, extra=None, beyond=None, own=None):
     "plan: path → (r, alpha); own: see `_wrap_own`. The new adapter becomes the only active and trainable one."
     if name in adapters(model):
@@ -290,7 +292,7 @@ def _attach(model, name, plan, options, extra=None, beyond=None, own=None):
     activate(model, name)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #e113b192
+# %% ../nbs/api/05_adapter.ipynb #2d397aa2
 def activate(
     model:nn.Module,
     *names:str     # adapters whose updates are added; none: the base alone
@@ -306,7 +308,7 @@ def activate(
         if isinstance(m, LoRALinear): m.active = [n for n in names if n in m.A]
         elif isinstance(m, Own): m.active = [n for n in names if m.holds(n)]
 
-# %% ../nbs/api/05_adapter.ipynb #12948539
+# %% ../nbs/api/05_adapter.ipynb #56e5aeea
 def _inside(path, wholes): return any(path==w or path.startswith(w+'.') for w in wholes)
 
 def find_modules(model:nn.Module, names, fits=path_matches)->list[str]:
@@ -326,6 +328,7 @@ def find_modules(model:nn.Module, names, fits=path_matches)->list[str]:
                               "For new tokens use trainable_token_indices; to train it whole, part them first: untie(model).")
     return found
 
+# %% ../nbs/api/05_adapter.ipynb #be5faace
 def find_token_rows(model:nn.Module, indices)->dict[str,list[int]]: # path → token ids; a tied output layer is left out, as it follows
     "Which rows of which embeddings `trainable_token_indices` means. `TargetError` for no embedding, or two lists for tied ones."
     if not indices: return {}
@@ -345,6 +348,7 @@ def find_token_rows(model:nn.Module, indices)->dict[str,list[int]]: # path → t
         del found[out]
     return found
 
+# %% ../nbs/api/05_adapter.ipynb #f9f703a0
 def plan_own(
     model:nn.Module,
     layers,              # paths of the LoRA layers
@@ -365,7 +369,7 @@ def plan_own(
         if other: own[other] = ('rows', ids, p)
     return dict(bias=bias, modules_to_save=wholes, trainable_token_indices=rows),own
 
-# %% ../nbs/api/05_adapter.ipynb #dd96757a
+# %% ../nbs/api/05_adapter.ipynb #3c331ea6
 def add_lora(
     model:nn.Module,
     r:int=16,               # rank of each ΔW
@@ -400,7 +404,7 @@ def add_lora(
             raise TargetError(f"The pattern '{pattern}' fits none of the {len(plan)} target layers; the first is '{next(iter(plan))}'.")
     return _attach(model, name, plan, options, beyond=beyond, own=own)
 
-# %% ../nbs/api/05_adapter.ipynb #e5684b2b
+# %% ../nbs/api/05_adapter.ipynb #11b6d09e
 @patch_to(Adapter)
 @contextmanager
 def disabled(self):
@@ -428,7 +432,7 @@ def remove(self):
     if not adapters(self.model):
         for p in self.model.__dict__.pop('_lora_nb_trainable', []): p.requires_grad_(True)
 
-# %% ../nbs/api/05_adapter.ipynb #7451e1f3
+# %% ../nbs/api/05_adapter.ipynb #2e9bdc28
 class AdapterMismatch(ValueError):
     "Tensors that do not fit the adapter or the model; nothing was changed."
 
@@ -456,7 +460,7 @@ def load_state_dict(self, state:dict[str,Tensor]):
     _compare({k: v.shape for k,v in state.items()}, {k: v.shape for k,v in mine.items()}, 'The state')
     for k,v in mine.items(): v.copy_(state[k])
 
-# %% ../nbs/api/05_adapter.ipynb #d53d28ce
+# %% ../nbs/api/05_adapter.ipynb #9482931b
 def short_names(paths, all_paths)->list[str]:
     "The shortest list of path ends that fits exactly `paths` among `all_paths` (as PEFT matches them)."
     paths,result = set(paths),set()
@@ -465,7 +469,7 @@ def short_names(paths, all_paths)->list[str]:
         result |= {leaf} if mine == {p for p in all_paths if p.split('.')[-1]==leaf} else mine
     return sorted(result)
 
-# %% ../nbs/api/05_adapter.ipynb #9cf2e9fc
+# %% ../nbs/api/05_adapter.ipynb #8ae103c6
 PEFT_FIELDS = dict(alora_invocation_tokens=None, alpha_pattern={}, arrow_config=None, auto_mapping=None, base_model_name_or_path=None,
     bias='none', corda_config=None, ensure_weight_tying=False, eva_config=None, exclude_modules=None, fan_in_fan_out=False,
     inference_mode=True, init_lora_weights=True, kasa_config=None, layer_replication=None, layers_pattern=None,
@@ -507,7 +511,7 @@ def config(self)->dict:
         fan_in_fan_out=any(isinstance(l, LoRAConv1D) for l in self.layers.values()), task_type='CAUSAL_LM' if causal else None,
         base_model_name_or_path=getattr(getattr(self.model, 'config', None), '_name_or_path', None) or None)
 
-# %% ../nbs/api/05_adapter.ipynb #6b7e35d5
+# %% ../nbs/api/05_adapter.ipynb #1486653f
 def fingerprint(model:nn.Module)->str:
     "16 hex digits of the paths and shapes of all layers that could be adapted; the same in 4 bits and in 16."
     shapes = [(p, *map(int, cls._features_of(m))) for p,m in base_modules(model).items() if (cls := layer_class(m))]
@@ -533,7 +537,7 @@ def export_state(self)->dict[str,Tensor]:
     state |= {k: t.detach() for k,t in self.own_tensors()}
     return {k: t.to('cpu', torch.float32 if t.is_floating_point() else t.dtype).contiguous().clone() for k,t in state.items()}
 
-# %% ../nbs/api/05_adapter.ipynb #eac4d98c
+# %% ../nbs/api/05_adapter.ipynb #3d9da4ed
 def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -566,7 +570,7 @@ def save(self,
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/api/05_adapter.ipynb #e584b2eb
+# %% ../nbs/api/05_adapter.ipynb #412912ff
 class BadAdapterFile(ValueError):
     "An adapter folder whose files are damaged or contradict each other; nothing was changed."
 class UnsupportedAdapter(ValueError):
@@ -593,6 +597,7 @@ def _read_config(file):
 
 def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 
+# %% ../nbs/api/05_adapter.ipynb #863a1292
 def _check_config(cfg, file):
     for f,d in (('r', 8), *((f'rank_pattern[{k!r}]', v) for k,v in _dict(cfg, 'rank_pattern', file).items())):
         v = cfg.get(f, d)
@@ -619,7 +624,7 @@ def _dict(cfg, field, file):
     if not isinstance(v, dict): raise BadAdapterFile(f'{file}: {field} is {v!r}; expected an object of names and numbers.')
     return v
 
-# %% ../nbs/api/05_adapter.ipynb #e49b5328
+# %% ../nbs/api/05_adapter.ipynb #3b96480a
 _KEY = re.compile(r'^(?:base_model\.model\.)?(?P<path>.+?)\.(?P<what>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)'
                  r'(?:\.(?!weight$)[^.]+)?(?:\.weight)?$')
 
@@ -643,7 +648,7 @@ def _read_tensors(file):
         state[n] = t
     return state,meta
 
-# %% ../nbs/api/05_adapter.ipynb #8c4c0ddf
+# %% ../nbs/api/05_adapter.ipynb #98053fee
 def _moved_keys(model, state, file):
     "Keys of modules that this model has under another path today, renamed as transformers renames a checkpoint's. Single experts are refused."
     modules,path = base_modules(model),lambda k: m['path'] if (m := _KEY.match(k)) else None
@@ -657,7 +662,7 @@ def _moved_keys(model, state, file):
     new = {p: n for p in odd if (n := rename_source_key(f'{p}.weight', renames, [])[0].removesuffix('.weight')) in modules}
     return {f'base_model.model.{new[p]}{k.removeprefix("base_model.model."+p)}' if (p := path(k)) in new else k: t for k,t in state.items()}
 
-# %% ../nbs/api/05_adapter.ipynb #1ce48da9
+# %% ../nbs/api/05_adapter.ipynb #5d823a80
 def _peft_match(cfg, path):
     "Does PEFT adapt this path under this config? (target_modules, exclude_modules, layers_to_transform, layers_pattern)"
     fits = lambda names: re.fullmatch(names, path) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
@@ -687,6 +692,7 @@ def _planned(model, cfg, file):
         if cfg.get('use_dora'): wanted[f'base_model.model.{p}.lora_magnitude_vector'] = m
     return plan,wanted
 
+# %% ../nbs/api/05_adapter.ipynb #09f41781
 def _tell_tied(model, modules, paths, cfg, file):
     "One end of tied embeddings adapted: PEFT parts the two in silence; here it is told."
     for p in {input_path(model, modules), output_path(model, modules)} & set(paths):
@@ -720,7 +726,7 @@ def _drop_copies(state, model, plan, cfg, beyond):
         for end in ('original_module.bias', 'modules_to_save.bias'): state.pop(f'base_model.model.{p}.{end}', None)
     return state
 
-# %% ../nbs/api/05_adapter.ipynb #7b3adafd
+# %% ../nbs/api/05_adapter.ipynb #7f99e549
 def load_adapter(
     model:nn.Module,
     folder,             # with PEFT's adapter_config.json and adapter_model.safetensors
@@ -758,7 +764,7 @@ def load_adapter(
         for k,p in (*adapter.named_parameters(), *adapter.own_tensors()): p.copy_(state[k].reshape(p.shape))
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #1b6982d5
+# %% ../nbs/api/05_adapter.ipynb #2a774051
 def train_only(model:nn.Module, name:str):
     "Make this adapter the only one whose parameters train; `activate` says which take part."
     if name not in adapters(model): raise KeyError(f"No adapter '{name}' on this model; it has: {', '.join(adapters(model)) or 'none'}.")
@@ -781,7 +787,7 @@ def by_row(
     finally:
         for l in layers: l.rows = None
 
-# %% ../nbs/api/05_adapter.ipynb #b966caef
+# %% ../nbs/api/05_adapter.ipynb #d9d7bf70
 def _stack(model, weights, path):
     "All named updates of one layer as one pair with scaling 1."
     layer = next(adapters(model)[n].layers[path] for n in weights if path in adapters(model)[n].layers)
@@ -794,6 +800,7 @@ def _svd(pairs, r):
     root = S[:r].sqrt()
     return root[:,None]*Vh[:r],U[:,:r]*root
 
+# %% ../nbs/api/05_adapter.ipynb #656a2c19
 def combine(
     model:nn.Module,
     weights:dict[str,float], # adapter → its weight in the sum
@@ -822,6 +829,7 @@ def _linear(model, weights, path):
     A = sum(math.copysign(math.sqrt(abs(s[n])), s[n])*l.factors(n)[0] for n,l in on.items())
     return A,sum(math.sqrt(abs(s[n]))*l.factors(n)[1] for n,l in on.items())
 
+# %% ../nbs/api/05_adapter.ipynb #41711ab1
 @torch.no_grad()
 def _from_factors(model, name, pairs, dropout=0.):
     "A new adapter with scaling 1 (alpha = r) from path → (A, B)."
@@ -831,7 +839,7 @@ def _from_factors(model, name, pairs, dropout=0.):
         adapter.layers[p].A[name].copy_(A); adapter.layers[p].B[name].copy_(B)
     return adapter
 
-# %% ../nbs/api/05_adapter.ipynb #d10f597d
+# %% ../nbs/api/05_adapter.ipynb #2a68c56f
 def _replace(adapter, pairs):
     "Give the adapter's layers new factors with the same scaling, keeping its name, active or not."
     n,model = adapter.name,adapter.model
@@ -844,6 +852,7 @@ def _replace(adapter, pairs):
     adapter.options = adapter.options | dict(init='zeros')
     return adapter
 
+# %% ../nbs/api/05_adapter.ipynb #e82d62bf
 @torch.no_grad()
 def truncate(
     adapter:Adapter,
@@ -875,6 +884,7 @@ def truncate(
     if loss is not None: table.attrs.update(loss_before=before, loss_after=float(loss()))
     return table
 
+# %% ../nbs/api/05_adapter.ipynb #c9833a47
 @torch.no_grad()
 def expand(
     adapter:Adapter,
@@ -889,7 +899,7 @@ def expand(
         pairs[path] = torch.cat([A, new]),torch.cat([B, B.new_zeros(len(B), rank-len(A))], 1)
     return _replace(adapter, pairs)
 
-# %% ../nbs/api/05_adapter.ipynb #b23acb35
+# %% ../nbs/api/05_adapter.ipynb #59da36ef
 def _best_of_rank(R, r):
     "A (r, in), B (out, r) of the rank-r matrix nearest to R (out, in), by the eigenvectors of the smaller of RRᵀ and RᵀR."
     R = R.double()
@@ -914,6 +924,7 @@ def _full_weight(source, path, shape):
     if tuple(W.shape) != shape: raise ValueError(f"'{path}' has shape {tuple(W.shape)} in the source and {shape} in the model. Give the model that was quantised.")
     return W.detach()
 
+# %% ../nbs/api/05_adapter.ipynb #e6b53d18
 @torch.no_grad()
 def loftq(
     adapter:Adapter,  # new, over a 4-bit base; its A and B are overwritten
@@ -953,7 +964,7 @@ def loftq(
     if iterations > 1: model.__dict__['_lora_nb_changed_base'] = True
     return pd.DataFrame(rows, columns=['layer', 'before', 'after']).set_index('layer')
 
-# %% ../nbs/api/05_adapter.ipynb #d039ee17
+# %% ../nbs/api/05_adapter.ipynb #ad78a80a
 @patch_to(Adapter)
 def replaced(self)->dict[str,Tensor]: # name in the plain model → tensor; a tied output layer follows its embedding, and is not listed
     "The base's tensors that this adapter replaces (`modules_to_save`, biases, token rows), in the base's dtype; empty for LoRA alone."
@@ -964,7 +975,7 @@ def replaced(self)->dict[str,Tensor]: # name in the plain model → tensor; a ti
         else: found |= {f'{path}.{k}': t.detach().to(bare(m).state_dict()[k].dtype) if k in dict(bare(m).named_parameters()) else t for k,t in m.tensors(self.name).items()}
     return found
 
-# %% ../nbs/api/05_adapter.ipynb #9d8aa6b4
+# %% ../nbs/api/05_adapter.ipynb #ff856b57
 @torch.no_grad()
 def extract(
     model:nn.Module,         # the base; the adapter is put on it

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['free_scratch', 'Linear4bit']
 
-# %% ../nbs/api/03_linear4bit.ipynb #ef79d654
+# %% ../nbs/api/03_linear4bit.ipynb #6e2508c7
 import threading
 import torch
 from torch import nn
-from .quantize import NF4, QuantConfig, QuantizedTensor, quantize
+from .quantize import NF4, QuantConfig, QuantizedTensor, patch_to, quantize
 
-# %% ../nbs/api/03_linear4bit.ipynb #9beb2c5e
+# %% ../nbs/api/03_linear4bit.ipynb #d6014159
 _scratch = threading.local()
 
 def _room(n:int, dtype:torch.dtype, device)->torch.Tensor:
@@ -31,7 +31,7 @@ def free_scratch():
     "Give this thread's buffers back."
     _scratch.__dict__.pop("held", None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #50332581
+# %% ../nbs/api/03_linear4bit.ipynb #52cdcf67
 class _MatMul4bit(torch.autograd.Function):
     "y = x Ŵᵀ + b. Saves no weight: the backward pass reads Ŵ again from its codes."
     @staticmethod
@@ -45,7 +45,7 @@ class _MatMul4bit(torch.autograd.Function):
         to_x, to_bias = ctx.needs_input_grad[:2]
         return (grad @ _borrowed(ctx.q, grad.dtype) if to_x else None, grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None)
 
-# %% ../nbs/api/03_linear4bit.ipynb #461056ec
+# %% ../nbs/api/03_linear4bit.ipynb #ca7267de
 class Linear4bit(nn.Module):
     """y = x Ŵᵀ + b with Ŵ (out_features, in_features) read from 4 bits for each call. Computes in x's dtype (under autocast, in autocast's).
 
@@ -96,34 +96,39 @@ class Linear4bit(nn.Module):
         if x.shape[-1] != self.in_features: raise ValueError(f"Linear4bit: an input of shape {tuple(x.shape)}, expected (…, {self.in_features}).")
         return _MatMul4bit.apply(x, self.bias, self.qweight)
 
-    def _apply(self, fn, recurse=True):
-        "Moves between devices; the scales keep their float32 whatever dtype the model is cast to."
-        scales = {id(t) for t in (self.absmax, self.nested_absmax, self.offset, self.nested_map) if t is not None}
-        def guarded(t):
-            new = fn(t)
-            return t.to(new.device) if id(t) in scales and new.dtype != t.dtype else new
-        return super()._apply(guarded, recurse)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.qweight.state_dict(prefix + "weight"))
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        "All of this layer or, with an error, nothing of it."
-        weight, bias = prefix + "weight", prefix + "bias"
-        rest = [k for k in state_dict if k.startswith(prefix) and k != weight and not k.startswith(weight + ".") and not (k == bias and self.bias is not None)]
-        if strict: unexpected_keys += rest
-        missing = [k for k, wanted in ((weight, True), (bias, self.bias is not None)) if wanted and k not in state_dict]
-        if missing: missing_keys += missing; return
-        try:
-            q, shape = QuantizedTensor.from_state_dict(state_dict, weight), (self.out_features, self.in_features)
-            if q.shape != shape: raise ValueError(f"{weight}: shape {tuple(q.shape)} in the checkpoint, {shape} in this layer.")
-            if self.bias is not None and state_dict[bias].shape != self.bias.shape: raise ValueError(f"{bias}: shape {tuple(state_dict[bias].shape)} in the checkpoint, {tuple(self.bias.shape)} in this layer.")
-        except ValueError as e: error_msgs.append(str(e)); return
-        self._hold(q if self.weight.is_meta else q.to(self.weight.device))
-        if self.bias is not None:
-            new = state_dict[bias].detach()
-            self.bias = nn.Parameter(new if self.bias.is_meta else new.to(self.bias), requires_grad=self.bias.requires_grad)
-
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.config.codebook.name}, blocksize={self.config.blocksize}, double={self.config.double}"
+
+# %% ../nbs/api/03_linear4bit.ipynb #e09d8db8
+@patch_to(Linear4bit)
+def _apply(self, fn, recurse=True):
+    "Moves between devices; the scales keep their float32 whatever dtype the model is cast to."
+    scales = {id(t) for t in (self.absmax, self.nested_absmax, self.offset, self.nested_map) if t is not None}
+    def guarded(t):
+        new = fn(t)
+        return t.to(new.device) if id(t) in scales and new.dtype != t.dtype else new
+    return nn.Module._apply(self, guarded, recurse)
+
+# %% ../nbs/api/03_linear4bit.ipynb #878bdb9a
+@patch_to(Linear4bit)
+def _save_to_state_dict(self, destination, prefix, keep_vars):
+    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    destination.update(self.qweight.state_dict(prefix + "weight"))
+
+@patch_to(Linear4bit)
+def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    "All of this layer or, with an error, nothing of it."
+    weight, bias = prefix + "weight", prefix + "bias"
+    rest = [k for k in state_dict if k.startswith(prefix) and k != weight and not k.startswith(weight + ".") and not (k == bias and self.bias is not None)]
+    if strict: unexpected_keys += rest
+    missing = [k for k, wanted in ((weight, True), (bias, self.bias is not None)) if wanted and k not in state_dict]
+    if missing: missing_keys += missing; return
+    try:
+        q, shape = QuantizedTensor.from_state_dict(state_dict, weight), (self.out_features, self.in_features)
+        if q.shape != shape: raise ValueError(f"{weight}: shape {tuple(q.shape)} in the checkpoint, {shape} in this layer.")
+        if self.bias is not None and state_dict[bias].shape != self.bias.shape: raise ValueError(f"{bias}: shape {tuple(state_dict[bias].shape)} in the checkpoint, {tuple(self.bias.shape)} in this layer.")
+    except ValueError as e: error_msgs.append(str(e)); return
+    self._hold(q if self.weight.is_meta else q.to(self.weight.device))
+    if self.bias is not None:
+        new = state_dict[bias].detach()
+        self.bias = nn.Parameter(new if self.bias.is_meta else new.to(self.bias), requires_grad=self.bias.requires_grad)

@@ -7,7 +7,7 @@ __all__ = ['SCALINGS', 'INITS', 'alpha_over_r', 'rslora', 'kaiming', 'gaussian',
            'LoRALinear', 'add_update', 'thin_svd', 'dora_update', 'LoRAConv1D', 'LoRAEmbedding', 'LoRAConv2d', 'Own',
            'OwnTensors', 'embedding_rows', 'head_rows', 'OwnRows']
 
-# %% ../nbs/api/04_lora.ipynb #14adfbd2
+# %% ../nbs/api/04_lora.ipynb #07eebc75
 import math
 from collections.abc import Callable
 import torch
@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from .quantize import patch_to
 
-# %% ../nbs/api/04_lora.ipynb #26c947de
+# %% ../nbs/api/04_lora.ipynb #4ff5c3f4
 def alpha_over_r(
     alpha:float, # loudness of the update; PEFT's `lora_alpha`
     r:int        # rank
@@ -33,7 +33,7 @@ def rslora(
 
 SCALINGS = {'alpha/r': alpha_over_r, 'rslora': rslora}
 
-# %% ../nbs/api/04_lora.ipynb #717d0910
+# %% ../nbs/api/04_lora.ipynb #f1fa2e38
 def kaiming(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r), float32
     "A uniform in ±1/√in, as `nn.Linear` starts; B zero (PEFT's `init_lora_weights=True`)."
     bound = 1/math.sqrt(layer.in_features)
@@ -47,7 +47,7 @@ def zero_start(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
     "Both zero: room for tensors that are read from a file. It cannot learn from here."
     return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r)
 
-# %% ../nbs/api/04_lora.ipynb #67bc3cda
+# %% ../nbs/api/04_lora.ipynb #32be21af
 def _weight_for(layer, r, what):
     if r > (most := min(layer.in_features, layer.out_features)):
         raise ValueError(f"init='{what}' takes r directions of a W {(layer.out_features, layer.in_features)}, which has {most}; "
@@ -68,7 +68,7 @@ def olora(layer, r, scaling)->tuple[Tensor,Tensor]: # A (r, in), B (out, r)
 
 INITS:dict[str,Callable] = {'kaiming': kaiming, 'gaussian': gaussian, 'pissa': pissa, 'olora': olora, 'zeros': zero_start}
 
-# %% ../nbs/api/04_lora.ipynb #1aebbe36
+# %% ../nbs/api/04_lora.ipynb #a29dc3de
 def weight_2d(
     base:nn.Module # `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding`, this package's `Linear4bit` or bitsandbytes'
 )->Tensor:         # W (out, in), detached; a 4-bit base is dequantised
@@ -81,7 +81,7 @@ def weight_2d(
     W = base.weight.detach()
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W
 
-# %% ../nbs/api/04_lora.ipynb #573c2ff7
+# %% ../nbs/api/04_lora.ipynb #e0cb58c2
 def _check(name, r, alpha, dropout, scaling, init):
     if not isinstance(name, str) or not name or '.' in name:
         raise ValueError(f'An adapter is named by a string without dots; given {name!r}.')
@@ -91,7 +91,7 @@ def _check(name, r, alpha, dropout, scaling, init):
     if scaling not in SCALINGS: raise ValueError(f'No scaling {scaling!r}. There are: {", ".join(SCALINGS)}.')
     if init not in INITS: raise ValueError(f'No init {init!r}. There are: {", ".join(INITS)}.')
 
-# %% ../nbs/api/04_lora.ipynb #733011f5
+# %% ../nbs/api/04_lora.ipynb #dfba2352
 class LoRALinear(nn.Module):
     """A frozen linear layer with low-rank updates beside it: y = base(x) + s·(dropout(x) Aᵀ) Bᵀ, for each active adapter.
 
@@ -150,12 +150,12 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{n}: r={len(A)}' for n,A in self.A.items())
 
-# %% ../nbs/api/04_lora.ipynb #c0e2804e
+# %% ../nbs/api/04_lora.ipynb #a04c071c
 def add_update(layer, name, x, y):
     "y + ΔW x: LoRA's own way to join the base's output `y (…, out)`."
     return y + layer.update(name, x)
 
-# %% ../nbs/api/04_lora.ipynb #34428b0b
+# %% ../nbs/api/04_lora.ipynb #12b74478
 @torch.no_grad()
 def _place(layer, name, A, B):
     "Make A and B this layer's parameters, on the base's device; keep a copy of a start whose product is not zero."
@@ -194,7 +194,7 @@ def drop_adapter(self, name:str):
         if name in d: del d[name]
     if name in self.active: self.active.remove(name)
 
-# %% ../nbs/api/04_lora.ipynb #3309616a
+# %% ../nbs/api/04_lora.ipynb #530241c3
 @patch_to(LoRALinear)
 @torch.no_grad()
 def factors(self, name:str='default'
@@ -212,7 +212,7 @@ def delta(self, name:str='default'
     A,B = self.factors(name)
     return self.scaling[name]*(B @ A)
 
-# %% ../nbs/api/04_lora.ipynb #ef4498dd
+# %% ../nbs/api/04_lora.ipynb #b322009a
 def thin_svd(
     A:Tensor, # (…, k, in)
     B:Tensor  # (…, out, k)
@@ -223,7 +223,7 @@ def thin_svd(
     U,S,Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     return Qb @ U, S, Vh @ Qa.mT
 
-# %% ../nbs/api/04_lora.ipynb #154531dd
+# %% ../nbs/api/04_lora.ipynb #92631bfe
 @patch_to(LoRALinear)
 @torch.no_grad()
 def row_norm(self, name:str='default'
@@ -247,7 +247,7 @@ def _start_magnitude(layer, name):
     layer.m[name] = nn.Parameter(layer.row_norm(name))
     layer.how[name] = dora_update
 
-# %% ../nbs/api/04_lora.ipynb #10ad2603
+# %% ../nbs/api/04_lora.ipynb #ee7ef8c0
 @patch_to(LoRALinear)
 @torch.no_grad()
 def merged(self,
@@ -261,13 +261,13 @@ def merged(self,
         if n in self.m: W *= (self.m[n]/self.row_norm(n))[:,None].to(W.dtype)
     return W
 
-# %% ../nbs/api/04_lora.ipynb #e5850146
+# %% ../nbs/api/04_lora.ipynb #2e57d1cb
 class LoRAConv1D(LoRALinear):
     "`LoRALinear` over transformers' `Conv1D`, whose weight is stored (in, out)."
     @staticmethod
     def _features_of(base): return base.weight.shape[1],base.weight.shape[0]
 
-# %% ../nbs/api/04_lora.ipynb #1cad79cf
+# %% ../nbs/api/04_lora.ipynb #6305037d
 class LoRAEmbedding(LoRALinear):
     """`nn.Embedding` with low-rank updates: y = base(ids) + s·A[:, ids]ᵀ Bᵀ; `A (r, vocabulary)`, `B (dim, r)`.
 
@@ -285,7 +285,7 @@ class LoRAEmbedding(LoRALinear):
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r)
     def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
 
-# %% ../nbs/api/04_lora.ipynb #af2bb838
+# %% ../nbs/api/04_lora.ipynb #d2dc3cef
 class LoRAConv2d(LoRALinear):
     "`LoRALinear` over `nn.Conv2d`: A (r, in·kh·kw) acts as a convolution of the base's stride, padding and dilation, B (out, r) as a 1×1 one."
     def __init__(self, base):
@@ -302,7 +302,7 @@ class LoRAConv2d(LoRALinear):
     def to_output(self, v): return v[:,None,None]
     def bare(self, A): return A @ self.weight_2d().to(A.dtype).T
 
-# %% ../nbs/api/04_lora.ipynb #ec5772b6
+# %% ../nbs/api/04_lora.ipynb #f9a6a071
 class Own(nn.Module):
     "A module beside which adapters hold tensors of their own; `active` names those that take part. Other attributes are the base's."
     def __init__(self, base):
@@ -317,7 +317,7 @@ class Own(nn.Module):
         "The adapter whose tensors count now; None in a batch whose rows have their own adapters."
         return None if self.rows is not None else next((n for n in reversed(self.active) if self.holds(n)), None)
 
-# %% ../nbs/api/04_lora.ipynb #8fc8c0dd
+# %% ../nbs/api/04_lora.ipynb #be198149
 class OwnTensors(Own):
     """The base, run with an adapter's own copies of some of its parameters (and, for a whole module, buffers).
 
@@ -356,7 +356,7 @@ class OwnTensors(Own):
         mine = {pre+k: t.to(base.get_parameter(k).dtype) if isinstance(t, nn.Parameter) else t for k,t in self.tensors(n).items()}
         return torch.func.functional_call(self.base, mine, args, kwargs)
 
-# %% ../nbs/api/04_lora.ipynb #65209e07
+# %% ../nbs/api/04_lora.ipynb #6f0d5d4d
 def embedding_rows(base, ids, y, rows, index):
     "y = base(ids) with `rows (k, dim)` in the places of the token ids `index (k,)`."
     place = torch.full((base.num_embeddings,), -1, device=ids.device).index_put_((index,), torch.arange(len(index), device=ids.device))
@@ -370,6 +370,7 @@ def head_rows(base, x, y, rows, index):
     "y = base(x), whose columns `index` are computed with `rows (k, dim)` in the place of the weight's."
     return y.index_add(-1, index, F.linear(x, (rows - base.weight[index]).to(x.dtype)).to(y.dtype))
 
+# %% ../nbs/api/04_lora.ipynb #5cf27c8b
 class OwnRows(Own):
     """An embedding or an output layer with an adapter's own rows for some token ids; `row[name] (k, dim)`, fp32.
 
@@ -409,7 +410,7 @@ class OwnRows(Own):
         h = self.holder()
         return (embedding_rows if isinstance(base, nn.Embedding) else head_rows)(base, x, y, h.row[n], h.index._buffers[n])
 
-# %% ../nbs/api/04_lora.ipynb #a93bab1f
+# %% ../nbs/api/04_lora.ipynb #8ef5b1ee
 @patch_to(LoRALinear)
 def _by_row(self, x, y):
     if len(self.rows) != len(x):

@@ -7,7 +7,7 @@ __all__ = ['NEGLIGIBLE', 'dense_weight', 'packed_weight', 'merged_weight', 'Merg
            'source_tensors', 'running_as', 'merge_report', 'chosen', 'recommend', 'merge', 'merge_in_place', 'unmerge',
            'merged']
 
-# %% ../nbs/api/11c_merge.ipynb #970cbe88
+# %% ../nbs/api/11c_merge.ipynb #05f3db07
 import copy, json, math, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .models import empty_model, gguf_config, gguf_header, gguf_tensors, locate,
 from .data import collate
 from .loss import PLAIN_HEADS, labelled
 
-# %% ../nbs/api/11c_merge.ipynb #53af1381
+# %% ../nbs/api/11c_merge.ipynb #6ff71bbd
 def dense_weight(base:nn.Module)->Tensor: # W (out, in), detached; fp32 from 4 bits, otherwise the base's dtype
     "The weight as LoRA's formula means it, a 4-bit one dequantised without a rounding to 16 bits."
     if (q := packed_weight(base)) is not None: return q.dequantize(torch.float32)
@@ -47,7 +47,7 @@ def _to_2d(base, t): # from the stored layout to (out, in)
 def _from_2d(base, W): # and back
     return W.T if isinstance(base, (Conv1D, nn.Embedding)) else W.view(base.weight.shape) if isinstance(base, nn.Conv2d) else W
 
-# %% ../nbs/api/11c_merge.ipynb #eb9af5c3
+# %% ../nbs/api/11c_merge.ipynb #515f5e20
 @torch.no_grad()
 def merged_weight(
     layer:LoRALinear,
@@ -66,7 +66,7 @@ def merged_weight(
         else: raise ValueError(f"Adapter '{n}' joins its layer by {layer.how[n].__name__}, which is not a change of W alone, so it cannot be merged. Keep the adapter beside its base.")
     return M
 
-# %% ../nbs/api/11c_merge.ipynb #3267e892
+# %% ../nbs/api/11c_merge.ipynb #fd3a5bfb
 @torch.no_grad()
 def _probe(path, layer, names):
     "Refuse a layer whose forward pass is not that of one merged matrix."
@@ -92,7 +92,7 @@ def _probe(path, layer, names):
     if not off < (2e-3 if x.dtype in (torch.float32, torch.float64, torch.int64) else 5e-2):
         raise ValueError(f"{path}: base and {', '.join(names)} do not act as one matrix (relative difference {off:.1e} on random inputs), so they cannot be merged. Keep the adapter beside its base.")
 
-# %% ../nbs/api/11c_merge.ipynb #49a1bf73
+# %% ../nbs/api/11c_merge.ipynb #f1e0548a
 @dataclass(frozen=True)
 class MergedTensor:
     "One tensor of a merged model, made when it is wanted."
@@ -123,7 +123,7 @@ def plain_tensors(model:nn.Module)->dict[str,tuple]: # name → (module, its nam
     found = {'': model, **base_modules(model)}
     return {f'{path}.{leaf}' if path else leaf: (m, leaf, t) for path,m in found.items() for leaf,t in _tensors_of(m)}
 
-# %% ../nbs/api/11c_merge.ipynb #700889bd
+# %% ../nbs/api/11c_merge.ipynb #9250f579
 def _names_of(model, adapter):
     "The adapters that are meant: one, several, or (None) those that are active."
     on = adapters(model)
@@ -158,7 +158,7 @@ def _adapted(model, names)->dict[str,LoRALinear]:
     for path,l in found.items(): _probe(path, l, names)
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #a805205e
+# %% ../nbs/api/11c_merge.ipynb #bff63617
 def _own(module, leaf): return dense_weight(module) if leaf=='weight' and packed_weight(module) is not None else dict(_tensors_of(module))[leaf]
 
 def _final(read, layer, names, dtype, config, name):
@@ -175,6 +175,7 @@ def _check_source(model, names):
         raise ValueError(f"'{odd}' started from loftq with iterations > 1, which moved the base's 4-bit weights away from the original's and put the difference into the adapter. "
                          "On the original weights that difference would count twice. Merge into the base: merge(…, into='base'), merge_report(…, original=None).")
 
+# %% ../nbs/api/11c_merge.ipynb #26ee46b1
 def merged_parts(
     model:nn.Module,
     names,                # adapters to merge
@@ -205,13 +206,14 @@ def merged_parts(
         parts[name] = MergedTensor(partial(_final, read, layer, names, kind, config, name), tuple(t.shape), size, own and layer is None and new is None and not packed and kind==t.dtype)
     return parts
 
+# %% ../nbs/api/11c_merge.ipynb #ddd91ab2
 def _fitting(source, name, shape, device):
     if name not in source: raise ValueError(f"The model to merge into has no tensor '{name}'. Is it the one that was quantised?")
     t = source[name]()
     if tuple(t.shape)!=shape: raise ValueError(f"'{name}' has shape {tuple(t.shape)} in the model to merge into, and {shape} in this one. Is it the one that was quantised?")
     return t.to(device)
 
-# %% ../nbs/api/11c_merge.ipynb #59b024d9
+# %% ../nbs/api/11c_merge.ipynb #47153254
 def source_tensors(
     source # a hub id, a folder, a .gguf file, 'smollm2', or a model in memory
 )->dict:   # transformers' name → function that reads that tensor
@@ -238,7 +240,7 @@ def source_tensors(
         if held := next((n for n in g if n in found), None): found.update({n: found[held] for n in g})
     return found
 
-# %% ../nbs/api/11c_merge.ipynb #91a7307b
+# %% ../nbs/api/11c_merge.ipynb #daf4f9a3
 def _twin(module, leaves, compute):
     "A shallow copy whose tensors in `leaves` (name → MergedTensor) are made for each call."
     if packed_weight(module) is not None:
@@ -261,7 +263,7 @@ def _twin(module, leaves, compute):
     twin.register_forward_hook(take, always_call=True)
     return twin.train(module.training)
 
-# %% ../nbs/api/11c_merge.ipynb #06872fe6
+# %% ../nbs/api/11c_merge.ipynb #3cee7297
 @contextmanager
 def running_as(
     model:nn.Module,
@@ -298,7 +300,7 @@ def _places(model):
             yield from walk(bare(now), p)
     yield from walk(model, '')
 
-# %% ../nbs/api/11c_merge.ipynb #888c3b6c
+# %% ../nbs/api/11c_merge.ipynb #ad2bc7e7
 def _plain_head(model):
     return model.config.model_type in PLAIN_HEADS and not getattr(model.config, 'final_logit_softcapping', None) and model.get_output_embeddings() is not None
 
@@ -336,7 +338,7 @@ def _compare(a, b, labels, head_a, head_b, vocab):
         rows.append(torch.stack([kl, -pa.gather(1, t)[:,0], -pb.gather(1, t)[:,0], changed.double()], 1).cpu())
     return torch.cat(rows),sums
 
-# %% ../nbs/api/11c_merge.ipynb #11145977
+# %% ../nbs/api/11c_merge.ipynb #ca1c3daf
 class _Measure:
     "The unmerged model's answers on the held-out samples, and the comparison of others with them."
     def __init__(self, model, samples, batch_size, pad):
@@ -356,7 +358,7 @@ class _Measure:
         return dict(logits=(sums[0]/sums[1]).sqrt().item(), kl=tok[:,0].mean().item(), loss=tok[:,2].mean().item(), delta=d.mean().item(),
                     error=(d.std()/math.sqrt(len(d))).item() if len(d)>1 else float('nan'), changed=tok[:,3].mean().item()),tok[:,1].mean().item(),len(tok)
 
-# %% ../nbs/api/11c_merge.ipynb #6d9d1a60
+# %% ../nbs/api/11c_merge.ipynb #2ccb49cf
 @contextmanager
 def _only(model, names):
     "Within this context just these adapters act, in evaluation mode; afterwards all is as before."
@@ -372,6 +374,7 @@ def _only(model, names):
 def _default_quant(model):
     return next((q.config for m in base_modules(model).values() if (q := packed_weight(m)) is not None), None)
 
+# %% ../nbs/api/11c_merge.ipynb #e775f88c
 def merge_report(
     model:nn.Module,      # with the adapter on it
     adapter=None,         # an `Adapter`, its name, or a list; None: those that are active
@@ -409,7 +412,7 @@ def merge_report(
     report.attrs.update(unmerged=unmerged, without=without, tokens=n, samples=len(samples), adapters=list(names), compute=_FLOATS.get(compute, str(compute)))
     return report
 
-# %% ../nbs/api/11c_merge.ipynb #b85ec791
+# %% ../nbs/api/11c_merge.ipynb #ac5a74cb
 NEGLIGIBLE = 1e-3 # nats per token: below it a way counts as lossless
 
 def _bytes(n): return f'{n/2**30:.2f} GiB' if n>=2**30 else f'{n/2**20:.1f} MiB' if n>=2**20 else f'{n/2**10:.0f} KiB'
@@ -444,7 +447,7 @@ def recommend(report:pd.DataFrame)->str: # several lines
     if len(four)>1 and best not in four.index: out[-1] += f" If it has to be in 4 bits: {four.index[0]}, which changes it by {four.kl.iloc[0]:.2g}, the other way by {four.kl.iloc[1]:.2g}."
     return '\n'.join(out)
 
-# %% ../nbs/api/11c_merge.ipynb #8d10a9a8
+# %% ../nbs/api/11c_merge.ipynb #58c5c368
 def _shards(parts, most):
     "Lists of names, each list's bytes at most `most` (a tensor that is larger has a shard of its own)."
     out,size = [[]],0
@@ -475,7 +478,7 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/api/11c_merge.ipynb #3ce2dc8e
+# %% ../nbs/api/11c_merge.ipynb #58f8acbd
 def _merged_config(model, parts, dtype, quant):
     "The config of the merged model: without quantisation, or with bitsandbytes'."
     cfg = copy.deepcopy(model.config)
@@ -511,7 +514,7 @@ def _write_shards(parts, groups, tmp):
         (tmp/'model.safetensors.index.json').write_text(json.dumps(index, indent=2, sort_keys=True))
     return where,rows
 
-# %% ../nbs/api/11c_merge.ipynb #1a572d47
+# %% ../nbs/api/11c_merge.ipynb #aff4d7f2
 def merge(
     model:nn.Module,      # with the adapter on it; it is left as it is
     adapter=None,         # an `Adapter`, its name, or a list; None: those that are active
@@ -551,7 +554,7 @@ def merge(
     table.attrs.update(folder=str(folder), adapters=list(names), dtype=_FLOATS.get(dtype, '4bit'))
     return table
 
-# %% ../nbs/api/11c_merge.ipynb #e01994d9
+# %% ../nbs/api/11c_merge.ipynb #0f485f3b
 def _merged_module(now, names, dtype, new):
     "A plain module with the merged weight and the tensors in `new` (its name here → tensor)."
     layer,base = next((l for l in (now, getattr(now, 'base', None)) if isinstance(l, LoRALinear)), None),bare(now)
@@ -568,6 +571,7 @@ def _merged_module(now, names, dtype, new):
     twin._parameters = {**twin._parameters, **bias, **{k: nn.Parameter(t, requires_grad=False) for k,t in new.items() if k not in twin._buffers}}
     return twin.train(base.training)
 
+# %% ../nbs/api/11c_merge.ipynb #72c87b56
 def merge_in_place(
     model:nn.Module,
     adapter=None,    # an `Adapter`, its name, or a list; None: those that are active
@@ -597,6 +601,7 @@ def merge_in_place(
 
 def _layer_paths(model): return {p for a in adapters(model).values() for p in a.layers}
 
+# %% ../nbs/api/11c_merge.ipynb #108c32a0
 def unmerge(model:nn.Module)->nn.Module: # the model
     "Undo `merge_in_place`: the very modules that were there before, bit for bit. `ValueError` where there is nothing to undo."
     if '_lora_nb_merged' not in model.__dict__: raise ValueError('The model is not merged; there is nothing to undo.')

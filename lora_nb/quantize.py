@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4', 'dynamic_map', 'QuantizedTensor', 'quantize']
 
-# %% ../nbs/api/02_quantize.ipynb #12f12407
+# %% ../nbs/api/02_quantize.ipynb #af57b7ab
 import ctypes, json, math, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from .codebook import Codebook, nf4, fp4, int4
 
-# %% ../nbs/api/02_quantize.ipynb #b7694b94
+# %% ../nbs/api/02_quantize.ipynb #8b38b08b
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
@@ -34,7 +34,7 @@ class QuantConfig:
         scale = 8 + 32/NESTED_BLOCKSIZE if self.double else 32
         return 4 + scale/self.blocksize
 
-# %% ../nbs/api/02_quantize.ipynb #92877d80
+# %% ../nbs/api/02_quantize.ipynb #df6e088a
 def NF4(blocksize:int=64, double:bool=False)->QuantConfig:
     "4-bit NormalFloat. `double`: quantise the scales too."
     return QuantConfig(nf4, blocksize, double)
@@ -47,7 +47,7 @@ def INT4(blocksize:int=64, double:bool=False)->QuantConfig:
     "Symmetric 4-bit integers, -7 to 7 times absmax/7. `double`: quantise the scales too."
     return QuantConfig(int4, blocksize, double)
 
-# %% ../nbs/api/02_quantize.ipynb #11025b45
+# %% ../nbs/api/02_quantize.ipynb #67606fc0
 @lru_cache(maxsize=256)
 def _bins(book, device):
     "Scale h, shift c, borders below bin trunc(h·x + c) (uint8), the border inside it (float32, 2 where none); None if the levels lie too close."
@@ -74,7 +74,7 @@ def _ranks(
     rank += torch.gt(x, border.index_select(0, k)).view(torch.uint8)
     return rank
 
-# %% ../nbs/api/02_quantize.ipynb #0109d7bf
+# %% ../nbs/api/02_quantize.ipynb #b1eed5ad
 def _bad_weights(weight, name):
     n, inf = int(torch.isnan(weight).sum()), int(torch.isinf(weight).sum())
     return ValueError(f"{name or 'weight'} {tuple(weight.shape)}: {n} NaN and {inf} infinite of {weight.numel()} values. "
@@ -102,6 +102,7 @@ def _alone():
     try: ctypes.CDLL(None).omp_set_num_threads(1)
     except (AttributeError, OSError, TypeError): pass
 
+# %% ../nbs/api/02_quantize.ipynb #147f136c
 def _each_chunk(fn, n, device):
     "fn(start, size) for the pieces of n elements: on a CPU in as many threads as torch may use, elsewhere in one."
     size, workers, inference = _CHUNK if device.type == "cpu" else 2**26, torch.get_num_threads(), torch.is_inference_mode_enabled()
@@ -135,7 +136,7 @@ def _quantize_torch(
         _pack(torch.nn.functional.pad(rest/m, (0, len(rest) % 2)), book, packed[full*blocksize//2:])
     return packed, absmax
 
-# %% ../nbs/api/02_quantize.ipynb #020c9e69
+# %% ../nbs/api/02_quantize.ipynb #f6e8f6dc
 @lru_cache(maxsize=8)
 def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, from -0.993 to 1
     "The signed dynamic 8-bit type (arXiv 1511.04561): decade i below 1 holds 2**(6-i) steps on each side of 0, and 0 and 1 are added."
@@ -145,7 +146,7 @@ def dynamic_map(device:str="cpu")->torch.Tensor: # (256,) float32, ascending, fr
         half += (10**(i-6)*((edges[:-1] + edges[1:])/2)).tolist()
     return torch.tensor(sorted(half + [-v for v in half] + [0., 1.]), dtype=torch.float32).to(device)
 
-# %% ../nbs/api/02_quantize.ipynb #e627786f
+# %% ../nbs/api/02_quantize.ipynb #e8d27c97
 @lru_cache(maxsize=8)
 def _scale_cells(device):
     "(65536,) uint8: the code of `dynamic_map` nearest to the middle of each cell of [-1, 1]."
@@ -175,7 +176,7 @@ def _quantize_scales(
     _each_chunk(some, n, scales.device)
     return codes, absmax, offset
 
-# %% ../nbs/api/02_quantize.ipynb #2642144a
+# %% ../nbs/api/02_quantize.ipynb #67ee1172
 @lru_cache(maxsize=256)
 def _pairs(book, device):
     "(256,) int64; each holds the two float32 levels of a byte, the high nibble's first in memory."
@@ -201,7 +202,7 @@ def _dequantize_torch(
     _each_chunk(some, n, packed.device)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #5d8dc2e4
+# %% ../nbs/api/02_quantize.ipynb #0229fdd9
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 def _call(fn, *args): fn(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in args))
@@ -223,7 +224,7 @@ def _kernel(book, dtype):
     want = _dequantize_torch(packed, scales, book, 128, torch.empty(1024, dtype=dtype))
     return _native(f"cdequantize_blockwise_cpu_{book.name}_{_TYPES[dtype]}", want, packed, scales, None, 128, 8, 128)
 
-# %% ../nbs/api/02_quantize.ipynb #0033a75b
+# %% ../nbs/api/02_quantize.ipynb #04abdb02
 def _dequantize(
     packed:torch.Tensor, # (ceil(n/2), 1) uint8
     scales:torch.Tensor, # (blocks,) float32
@@ -243,7 +244,7 @@ def _dequantize(
     elif n: _dequantize_torch(packed, scales, book, blocksize, out)
     return out
 
-# %% ../nbs/api/02_quantize.ipynb #0981c44f
+# %% ../nbs/api/02_quantize.ipynb #b38aa2cc
 def _dequantize_scales_torch(codes, nested_absmax, table):
     v, full = table.index_select(0, codes.int()), codes.numel()//NESTED_BLOCKSIZE*NESTED_BLOCKSIZE
     v[:full].view(-1, NESTED_BLOCKSIZE).mul_(nested_absmax[:full//NESTED_BLOCKSIZE,None])
@@ -268,7 +269,7 @@ def _dequantize_scales(
     else: out = _dequantize_scales_torch(codes, nested_absmax, table)
     return out.add_(offset)
 
-# %% ../nbs/api/02_quantize.ipynb #6b5cfda4
+# %% ../nbs/api/02_quantize.ipynb #ecfb7996
 def _new(shape, dtype, device):
     "An uninitialised tensor; on Linux a large one in pages of 2 MiB, which the system hands out faster than 4 KiB ones."
     t = torch.empty(shape, dtype=dtype, device=device)
@@ -278,7 +279,7 @@ def _new(shape, dtype, device):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t((t.data_ptr()+size-start)//page*page), 14)  # MADV_HUGEPAGE; a refusal does no harm
     return t
 
-# %% ../nbs/api/02_quantize.ipynb #5e21879c
+# %% ../nbs/api/02_quantize.ipynb #cf429efa
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     "A tensor in 4 bits, in bitsandbytes' layout. Made by `quantize` or `QuantizedTensor.from_state_dict`."
@@ -335,13 +336,13 @@ class QuantizedTensor:
         double = ", double" if self.config.double else ""
         return f"QuantizedTensor({self.codebook.name}, {'×'.join(map(str, self.shape)) or 'scalar'}, blocksize {self.blocksize}{double}, {self.bits_per_param:.3f} bits a weight, {self.device})"
 
-# %% ../nbs/api/02_quantize.ipynb #e0436544
+# %% ../nbs/api/02_quantize.ipynb #9e52370d
 def patch_to(cls):
     "Decorator: make the function below a method of `cls`."
     def put(f): setattr(cls, f.__name__, f)
     return put
 
-# %% ../nbs/api/02_quantize.ipynb #f8e378f8
+# %% ../nbs/api/02_quantize.ipynb #99e44a79
 @patch_to(QuantizedTensor)
 def dequantize(self,
     dtype:torch.dtype=None, # None: the dtype that was quantised
@@ -371,7 +372,7 @@ def to(self, device)->"QuantizedTensor":
     if device == self.device: return self
     return replace(self, **{k: t.to(device) for k in ("packed", "absmax", "nested_absmax", "offset", "nested_map") if (t := getattr(self, k)) is not None})
 
-# %% ../nbs/api/02_quantize.ipynb #65b1d05f
+# %% ../nbs/api/02_quantize.ipynb #c335e2d2
 @patch_to(QuantizedTensor)
 def state_dict(self, prefix:str="weight")->dict:
     "Tensors by bitsandbytes' key names: `prefix` for the codes, `prefix.absmax`, `prefix.quant_map`, and so on. They share memory with this one."
@@ -417,7 +418,7 @@ def _book(name, levels):
     "The codebook of these levels: one of ours where they are equal."
     return next((b for b in (nf4, fp4, int4) if b.name == name and torch.equal(b.table(), levels.float().cpu())), None) or Codebook(name, tuple(levels.tolist()))
 
-# %% ../nbs/api/02_quantize.ipynb #5a9f97f6
+# %% ../nbs/api/02_quantize.ipynb #a672473d
 @torch.no_grad()
 def quantize(
     weight:torch.Tensor,       # any shape and strides; float32, bfloat16 or float16

@@ -6,7 +6,7 @@
 __all__ = ['QUANTS', 'text_samples', 'few_samples', 'padded_batches', 'token_losses', 'perplexity', 'quantised', 'mean_loss',
            'output_error', 'sensitivity', 'plan_bits', 'mixed_plan']
 
-# %% ../nbs/api/11b_sensitivity.ipynb #09584e06
+# %% ../nbs/api/11b_sensitivity.ipynb #951412c6
 import math,time
 from contextlib import contextmanager
 import pandas as pd,torch
@@ -20,7 +20,7 @@ from .models import quant_plan,quantisable
 from .data import Sample,collate
 from .loss import has_plain_head,labelled
 
-# %% ../nbs/api/11b_sensitivity.ipynb #f5b09362
+# %% ../nbs/api/11b_sensitivity.ipynb #919bf35e
 def text_samples(
     tok,         # the model's tokenizer
     texts,       # a text, or a list of them
@@ -35,7 +35,7 @@ def text_samples(
     if not res: raise ValueError(f"{len(texts)} texts give no window of two tokens or more. Give longer texts.")
     return res
 
-# %% ../nbs/api/11b_sensitivity.ipynb #4f8fb15d
+# %% ../nbs/api/11b_sensitivity.ipynb #c5f02bb1
 def _samples(data):
     "The samples of a list or of a ChatData: the held-out ones where there are any."
     found = data if isinstance(data, (list,tuple)) else getattr(data, "val", None) or getattr(data, "train", None)
@@ -73,7 +73,7 @@ def padded_batches(
         res.append({k: v.to(device) for k,v in {**b, "real": real}.items()})
     return res
 
-# %% ../nbs/api/11b_sensitivity.ipynb #baffc056
+# %% ../nbs/api/11b_sensitivity.ipynb #942a47d1
 @torch.no_grad()
 def token_losses(
     model,      # a causal LM
@@ -89,7 +89,7 @@ def token_losses(
     rows = max(1, (2**28 if h.is_cuda else 2**25)//(4*len(w)))
     return torch.cat([F.cross_entropy((h[i:i+rows]@w.T).float(), t[i:i+rows], reduction="none") for i in range(0, len(t), rows)])
 
-# %% ../nbs/api/11b_sensitivity.ipynb #cc3afcce
+# %% ../nbs/api/11b_sensitivity.ipynb #0ad9b589
 @contextmanager
 def _evaluating(model):
     "Evaluation mode, and each module's own mode again afterwards."
@@ -110,7 +110,7 @@ def perplexity(
         all = torch.cat([token_losses(model, b).double() for b in padded_batches(text_samples(tok, texts, max_len), model.device)])
     return all.mean().exp().item()
 
-# %% ../nbs/api/11b_sensitivity.ipynb #cb7f1a74
+# %% ../nbs/api/11b_sensitivity.ipynb #eab12985
 @contextmanager
 def _replaced(model, modules):
     old = {path: model.get_submodule(path) for path in modules}
@@ -141,7 +141,7 @@ def quantised(
     new = {path: Linear4bit.from_linear(linears[path], q, name=path) for path,q in plan.items() if q is not None}
     with _replaced(model, new): yield model
 
-# %% ../nbs/api/11b_sensitivity.ipynb #ce4dcd6a
+# %% ../nbs/api/11b_sensitivity.ipynb #f2c2e0a7
 def mean_loss(
     model,          # a causal LM; with full-precision linear layers where quant is given
     data,           # chat_data(…) or text_samples(…)
@@ -153,7 +153,7 @@ def mean_loss(
         with quantised(model, quant): return mean_loss(model, data, None, tokens)
     with _evaluating(model): return torch.cat([token_losses(model, b).double() for b in padded_batches(few_samples(data, tokens), model.device)]).mean().item()
 
-# %% ../nbs/api/11b_sensitivity.ipynb #5f736477
+# %% ../nbs/api/11b_sensitivity.ipynb #fce3f173
 def _blocks(
     model,
     paths # of the linear layers
@@ -191,7 +191,7 @@ def _record(model, blocks, batch):
         for h in hooks: h.remove()
     return losses,out if order==list(range(len(blocks))) else None
 
-# %% ../nbs/api/11b_sensitivity.ipynb #83a6a034
+# %% ../nbs/api/11b_sensitivity.ipynb #26a5f9cf
 @torch.no_grad()
 def _inputs(model, paths, blocks, k, states):
     "{path: (n, in) real inputs of the layer, padding left out}, from the batches in `states`; block k computes, or all where k is None."
@@ -216,7 +216,7 @@ def output_error(
     size = F.linear(x, W, linear.bias).float().norm()
     return (F.linear(x, weight-W).float().norm()/size).item() if size else 0.
 
-# %% ../nbs/api/11b_sensitivity.ipynb #fd7a1626
+# %% ../nbs/api/11b_sensitivity.ipynb #26c70ad1
 QUANTS = {"NF4": NF4(), "FP4": FP4(), "INT4": INT4()}
 
 @torch.no_grad()
@@ -229,6 +229,7 @@ def _loss_change(model, path, new, states, blocks, k):
     rises = torch.cat(rises).double()
     return rises.mean().item(),(rises.std()/len(rises)**.5).item() if len(rises)>1 else math.nan
 
+# %% ../nbs/api/11b_sensitivity.ipynb #d79c7283
 def sensitivity(
     model,              # with full-precision linear layers: load_model(…, quant=None)
     data,               # chat_data(…) or text_samples(…)
@@ -264,6 +265,7 @@ def sensitivity(
     res.attrs.update(loss=before.double().mean().item(), tokens=len(before))
     return res
 
+# %% ../nbs/api/11b_sensitivity.ipynb #ecfdfc6d
 def _layer_rows(model, path, linear, x, quants, states, blocks, k, bar):
     "The rows of one layer."
     rows = []
@@ -275,7 +277,7 @@ def _layer_rows(model, path, linear, x, quants, states, blocks, k, bar):
         bar.update()
     return rows
 
-# %% ../nbs/api/11b_sensitivity.ipynb #5318b46d
+# %% ../nbs/api/11b_sensitivity.ipynb #717af5b6
 def plan_bits(
     report:pd.DataFrame, # from `sensitivity`
     plan:dict            # from `mixed_plan`
