@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'compute_dtype', 'Same', 'Norm', 'Gate', 'Group', 'project', 'Layout', 'layout', 'Rotary', 'Heads',
            'streamed_loss', 'General', 'Block', 'why_general', 'fast_loss']
 
-# %% ../nbs/api/08b_fast.ipynb #f7c25258
+# %% ../nbs/api/08b_fast.ipynb #3cd17101
 from dataclasses import dataclass
 from functools import cache, partial
 import torch
@@ -18,7 +18,7 @@ from .lora import LoRALinear, add_update
 from .loss import has_plain_head, model_loss
 from .models import default_dtype
 
-# %% ../nbs/api/08b_fast.ipynb #a7f4dbba
+# %% ../nbs/api/08b_fast.ipynb #9f3a7867
 @cache
 def _cpu_has_bf16(): return default_dtype('cpu') is torch.bfloat16
 
@@ -29,7 +29,7 @@ def compute_dtype(
     if x.device.type!='cpu' or x.dtype.itemsize>2: return x.dtype
     return x.dtype if x.dtype is torch.bfloat16 and _cpu_has_bf16() else torch.float32
 
-# %% ../nbs/api/08b_fast.ipynb #719686f3
+# %% ../nbs/api/08b_fast.ipynb #d4499e47
 class Same:
     "Nothing before the product."
     def make(self, x): return x.to(compute_dtype(x))
@@ -55,7 +55,7 @@ class Norm:
         dot = torch.linalg.vecdot(g, x).unsqueeze_(-1)
         return g.mul_(r).addcmul_(x, dot.mul_(r**3).div_(x.shape[-1]), value=-1)
 
-# %% ../nbs/api/08b_fast.ipynb #6c549659
+# %% ../nbs/api/08b_fast.ipynb #af9ad631
 _GATES = {'silu': (F.silu, torch.ops.aten.silu_backward),
           'gelu_pytorch_tanh': (partial(F.gelu, approximate='tanh'), partial(torch.ops.aten.gelu_backward, approximate='tanh'))}
 
@@ -76,7 +76,7 @@ class Gate:
         out[..., :gate.shape[-1]] = slope(g*up, gate)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #6a7cb5f1
+# %% ../nbs/api/08b_fast.ipynb #bbe1125c
 _MERGE = 192 # tokens from which on adding s·B·A to the buffer is cheaper than two thin products
 
 class Group:
@@ -149,7 +149,7 @@ class Group:
             found[i] = gA[rows].to(self.AB[i].dtype)
             found[i+1] = (g[:, cut].T@U[:, rows]).mul_(s).to(self.AB[i+1].dtype)
 
-# %% ../nbs/api/08b_fast.ipynb #6ab9b334
+# %% ../nbs/api/08b_fast.ipynb #7ca75669
 class _Project(torch.autograd.Function):
     "residual + group(before(x)). Saves x, or nothing where `again()` gives x anew."
     @staticmethod
@@ -175,7 +175,7 @@ def project(x, layers, before=Same(), residual=None, again=None):
     group = layers if isinstance(layers, Group) else Group(layers)
     return _Project.apply(x, residual, group, before, again, *group.AB)
 
-# %% ../nbs/api/08b_fast.ipynb #11d3163a
+# %% ../nbs/api/08b_fast.ipynb #a620d363
 @dataclass
 class Layout:
     "A batch as one row of T tokens: `shared` tokens that begin every sample, then the samples' own, one after another."
@@ -231,7 +231,7 @@ def layout(
     device = batch['input_ids'].device
     return Layout(P, [b-a for _,a,b in own], *(t.to(device) for t in (at, place, keep, labels.flatten()[at[keep]+1])))
 
-# %% ../nbs/api/08b_fast.ipynb #2dfbe320
+# %% ../nbs/api/08b_fast.ipynb #59a5fbef
 class Rotary:
     "Rotation of the two halves of each head by the token's angles: `cos`, `sin (T, D)` as transformers gives them."
     def __init__(self, cos, sin):
@@ -247,7 +247,7 @@ class Rotary:
         torch.mul(b, self.cos, out=d).addcmul_(a, self.sin, value=-sign)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #847bd6f8
+# %% ../nbs/api/08b_fast.ipynb #18a6e47d
 def _causal(rows, shared, device):
     "(rows, shared+rows) bool: what a sample's own tokens see, the shared start and themselves up to here."
     return torch.ones(rows, shared+rows, dtype=torch.bool, device=device).tril_(shared)
@@ -285,7 +285,7 @@ class _Rows:
         t = t.transpose(1, 2).reshape(self.n*self.L, t.shape[1], t.shape[3])
         return t if self.even else t[self.valid]
 
-# %% ../nbs/api/08b_fast.ipynb #39c94dee
+# %% ../nbs/api/08b_fast.ipynb #2db02169
 def _attention(q, k, v, mask, scale):
     "(output, what its backward pass wants). q (n, H, L, D), k and v with as many heads or a divisor of them."
     rep = q.shape[1]//k.shape[1]
@@ -309,7 +309,7 @@ def _attention_back(g, q, k, v, out, lse, mask, scale):
         y = F.scaled_dot_product_attention(q, kk, vv, mask, is_causal=mask is None, scale=scale)
         return torch.autograd.grad(y, (q, k, v), g)
 
-# %% ../nbs/api/08b_fast.ipynb #690dbb09
+# %% ../nbs/api/08b_fast.ipynb #ef4f44c1
 @dataclass
 class Heads:
     "What one layer's attention needs to know."
@@ -375,7 +375,7 @@ class _Attend(torch.autograd.Function):
         if ctx.again: qkv = ctx.again()
         return ctx.heads.backward(qkv, g, kept).to(ctx.kind),None,None
 
-# %% ../nbs/api/08b_fast.ipynb #2a10ba7d
+# %% ../nbs/api/08b_fast.ipynb #fe956526
 _CACHE = 2**20 # logits to a block: 4 MB in fp32
 
 class _StreamedCE(torch.autograd.Function):
@@ -419,7 +419,7 @@ def streamed_loss(
     rows = max(1, min(len(h), 1024))
     return _StreamedCE.apply(h, weight, targets, rows, max(256, _CACHE//rows))
 
-# %% ../nbs/api/08b_fast.ipynb #c62ef8dd
+# %% ../nbs/api/08b_fast.ipynb #3fa8eaaf
 FAMILIES = dict(llama='Llama', mistral='Mistral', qwen2='Qwen2', qwen3='Qwen3', gemma='Gemma', gemma3_text='Gemma3')
 
 class General(Exception): "Why a batch takes the general path."
@@ -428,7 +428,8 @@ def _need(ok, why):
     if not ok: raise General(why)
 
 def _plain(m):
-    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    listens = [h for h in m._forward_hooks.values() if getattr(h, '__name__', '')!='make_inputs_require_grads'] # transformers' own, for checkpointing
+    hooks = listens or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     _need(not hooks and 'forward' not in m.__dict__, f'a hook on a {type(m).__name__}')
     return m
 
@@ -459,7 +460,7 @@ def _norm(m, family):
     _need(not m.weight.requires_grad, 'a norm that is trained')
     return Norm(m.weight, m.variance_epsilon if hasattr(m, 'variance_epsilon') else m.eps, family.startswith('Gemma'))
 
-# %% ../nbs/api/08b_fast.ipynb #7e3727ec
+# %% ../nbs/api/08b_fast.ipynb #8ee97ad2
 @dataclass
 class Block:
     "One decoder layer, as the fast path sees it."
@@ -517,11 +518,11 @@ def _plan(model, batch):
     _need(narrow is None or lay.longest<=narrow, f'a sample of {lay.longest} tokens, wider than the window of {narrow}' if narrow and lay else '')
     return blocks,norm,lay
 
-# %% ../nbs/api/08b_fast.ipynb #68810eb1
+# %% ../nbs/api/08b_fast.ipynb #117e835c
 def _hidden(model, ids, blocks, lay):
     "Hidden states (kept tokens, d) before the last norm."
     base = model.base_model
-    h = base.embed_tokens(ids)[0]
+    h = base.embed_tokens.forward(ids)[0]
     rows,place,turn = _Rows(lay),lay.place[None],{}
     light = base.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for b in blocks:
@@ -557,7 +558,7 @@ def _join(h, x, group, before, after, again=None):
     if not after: return project(x, group, before, h, again)
     return h+_NormAlone.apply(project(x, group, before, None, again), after[0])
 
-# %% ../nbs/api/08b_fast.ipynb #1778f7e5
+# %% ../nbs/api/08b_fast.ipynb #0cad5671
 def fast_loss(
     model,           # a transformers causal LM
     batch:dict,      # input_ids, labels (batch, seq), perhaps position_ids, as `collate` and `collate_packed` make them
