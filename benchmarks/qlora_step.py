@@ -130,7 +130,7 @@ SIDES = dict(ours=ours, general=general, peft=peft)
 
 # -- one side's process -------------------------------------------------------------------------------------------------------
 
-def work(side, setting, dtype, threads, folder, count, pipe):
+def work(side, setting, dtype, threads, clock, folder, count, pipe):
     "Load, then answer 'step' with (seconds, loss), 'memory' with bytes, until the pipe closes."
     try:
         import torch, transformers, transformers.models.llama.modeling_llama, transformers.models.llama.tokenization_llama # noqa
@@ -138,12 +138,13 @@ def work(side, setting, dtype, threads, folder, count, pipe):
         if side in ('peft', 'trl'): import peft # noqa
         transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
         if threads: torch.set_num_threads(threads)
+        now = getattr(time, clock)
         device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         dtype = getattr(torch, dtype)
         from transformers import AutoTokenizer
         batches = make_batches(setting, AutoTokenizer.from_pretrained(folder), count)
         gc.collect()
-        memory,t = Memory(device.type=='cuda'),time.perf_counter()
+        memory,t = Memory(device.type=='cuda'),now()
         params,loss_of = SIDES[side](setting, dtype, device, folder)
         opt = torch.optim.AdamW(params, lr=2e-4, fused=True)
         def step(i):
@@ -152,12 +153,12 @@ def work(side, setting, dtype, threads, folder, count, pipe):
             return loss.detach()
         def timed(i):
             if device.type=='cpu':
-                t = time.perf_counter(); l = float(step(i)); return time.perf_counter()-t,l
+                t = now(); l = float(step(i)); return now()-t,l
             a,b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             a.record(); l = step(i); b.record(); torch.cuda.synchronize()
             return a.elapsed_time(b)/1e3,float(l)
         first = timed(0)[1]
-        pipe.send(dict(ready=time.perf_counter()-t, loss=first, trained=sum(p.numel() for p in params),
+        pipe.send(dict(ready=now()-t, loss=first, trained=sum(p.numel() for p in params),
                        labels=[learned(b) for b in batches], tokens=[sum(len(i) for i,_ in b) for b in batches]))
         while (order := pipe.recv()) is not None:
             what,i = order
@@ -199,7 +200,7 @@ def line(title, ratios, better, unit=''):
 
 def compare(setting, a, folder):
     count = max(a.agree+1, a.rounds*a.steps+2)
-    args = (setting, a.dtype, a.threads, folder, count)
+    args = (setting, a.dtype, a.threads, a.clock, folder, count)
     sides = [Side(a.ours, *args), Side('peft', *args)]
     first,second = sides
     print(f'\n{setting}: {first.info["trained"]:,} trained parameters on both sides' if first.info['trained']==second.info['trained'] else f'\n{setting}: NOT the same parameters: {first.info["trained"]} and {second.info["trained"]}')
@@ -239,12 +240,13 @@ def main():
     p.add_argument('--steps', type=int, default=2, help='steps of each side in a round')
     p.add_argument('--agree', type=int, default=0, help='compare the losses of this many steps')
     p.add_argument('--threads', type=int, help="torch's threads in each process; default: torch's own choice")
+    p.add_argument('--clock', default='perf_counter', choices=('perf_counter', 'process_time'), help="'process_time': seconds of the CPU, for a machine that others use too; with --threads 1")
     p.add_argument('--ours', default='ours', choices=('ours', 'general'), help="'general': without the fast path")
     a = p.parse_args()
     import torch, transformers, peft, bitsandbytes
     bf16 = '' if a.dtype!='bfloat16' or torch.cuda.is_available() else ', in hardware' if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else ', emulated'
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{cpu_name()}, {os.cpu_count()} cores, {a.threads or torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
-    print(f'torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, bitsandbytes {bitsandbytes.__version__}; {where}; {a.dtype}{bf16}')
+    print(f'torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, bitsandbytes {bitsandbytes.__version__}; {where}; {a.dtype}{bf16}; {a.clock}')
     with tempfile.TemporaryDirectory() as tmp:
         folder = dense_folder(Path(tmp)/'smollm2', a.dtype)
         for setting in a.settings.split(','):

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'compute_dtype', 'Same', 'Norm', 'Gate', 'Group', 'project', 'Layout', 'layout', 'Rotary', 'Heads',
-           'streamed_loss', 'General', 'Block', 'why_general', 'fast_loss']
+           'streamed_loss', 'General', 'Block', 'why_general', 'fast_loss', 'fast_decoding']
 
-# %% ../nbs/api/08b_fast.ipynb #3cd17101
+# %% ../nbs/api/08b_fast.ipynb #c16bca93
+import ctypes, threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 import torch
@@ -17,8 +19,9 @@ from .linear4bit import Linear4bit, _room
 from .lora import LoRALinear, add_update
 from .loss import has_plain_head, model_loss
 from .models import default_dtype
+from .quantize import _kernel
 
-# %% ../nbs/api/08b_fast.ipynb #9f3a7867
+# %% ../nbs/api/08b_fast.ipynb #58d90238
 @cache
 def _cpu_has_bf16(): return default_dtype('cpu') is torch.bfloat16
 
@@ -29,7 +32,7 @@ def compute_dtype(
     if x.device.type!='cpu' or x.dtype.itemsize>2: return x.dtype
     return x.dtype if x.dtype is torch.bfloat16 and _cpu_has_bf16() else torch.float32
 
-# %% ../nbs/api/08b_fast.ipynb #d4499e47
+# %% ../nbs/api/08b_fast.ipynb #bb5d2653
 class Same:
     "Nothing before the product."
     def make(self, x): return x.to(compute_dtype(x))
@@ -55,7 +58,7 @@ class Norm:
         dot = torch.linalg.vecdot(g, x).unsqueeze_(-1)
         return g.mul_(r).addcmul_(x, dot.mul_(r**3).div_(x.shape[-1]), value=-1)
 
-# %% ../nbs/api/08b_fast.ipynb #af9ad631
+# %% ../nbs/api/08b_fast.ipynb #e426f704
 _GATES = {'silu': (F.silu, torch.ops.aten.silu_backward),
           'gelu_pytorch_tanh': (partial(F.gelu, approximate='tanh'), partial(torch.ops.aten.gelu_backward, approximate='tanh'))}
 
@@ -76,7 +79,7 @@ class Gate:
         out[..., :gate.shape[-1]] = slope(g*up, gate)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #bbe1125c
+# %% ../nbs/api/08b_fast.ipynb #230a4407
 _MERGE = 192 # tokens from which on adding s·B·A to the buffer is cheaper than two thin products
 
 class Group:
@@ -147,9 +150,9 @@ class Group:
         for i,(cut,s,a,_) in zip(places, ups):
             rows = slice(at, at := at+len(a))
             found[i] = gA[rows].to(self.AB[i].dtype)
-            found[i+1] = (g[:, cut].T@U[:, rows]).mul_(s).to(self.AB[i+1].dtype)
+            found[i+1] = (U[:, rows].T@g[:, cut]).mul_(s).T.to(self.AB[i+1].dtype)
 
-# %% ../nbs/api/08b_fast.ipynb #7ca75669
+# %% ../nbs/api/08b_fast.ipynb #4aa84a5a
 class _Project(torch.autograd.Function):
     "residual + group(before(x)). Saves x, or nothing where `again()` gives x anew."
     @staticmethod
@@ -175,7 +178,7 @@ def project(x, layers, before=Same(), residual=None, again=None):
     group = layers if isinstance(layers, Group) else Group(layers)
     return _Project.apply(x, residual, group, before, again, *group.AB)
 
-# %% ../nbs/api/08b_fast.ipynb #a620d363
+# %% ../nbs/api/08b_fast.ipynb #36c06e25
 @dataclass
 class Layout:
     "A batch as one row of T tokens: `shared` tokens that begin every sample, then the samples' own, one after another."
@@ -231,7 +234,7 @@ def layout(
     device = batch['input_ids'].device
     return Layout(P, [b-a for _,a,b in own], *(t.to(device) for t in (at, place, keep, labels.flatten()[at[keep]+1])))
 
-# %% ../nbs/api/08b_fast.ipynb #59a5fbef
+# %% ../nbs/api/08b_fast.ipynb #6777e5b4
 class Rotary:
     "Rotation of the two halves of each head by the token's angles: `cos`, `sin (T, D)` as transformers gives them."
     def __init__(self, cos, sin):
@@ -247,7 +250,7 @@ class Rotary:
         torch.mul(b, self.cos, out=d).addcmul_(a, self.sin, value=-sign)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #18a6e47d
+# %% ../nbs/api/08b_fast.ipynb #928f367b
 def _causal(rows, shared, device):
     "(rows, shared+rows) bool: what a sample's own tokens see, the shared start and themselves up to here."
     return torch.ones(rows, shared+rows, dtype=torch.bool, device=device).tril_(shared)
@@ -285,7 +288,7 @@ class _Rows:
         t = t.transpose(1, 2).reshape(self.n*self.L, t.shape[1], t.shape[3])
         return t if self.even else t[self.valid]
 
-# %% ../nbs/api/08b_fast.ipynb #2db02169
+# %% ../nbs/api/08b_fast.ipynb #0c3e0a31
 def _attention(q, k, v, mask, scale):
     "(output, what its backward pass wants). q (n, H, L, D), k and v with as many heads or a divisor of them."
     rep = q.shape[1]//k.shape[1]
@@ -309,7 +312,7 @@ def _attention_back(g, q, k, v, out, lse, mask, scale):
         y = F.scaled_dot_product_attention(q, kk, vv, mask, is_causal=mask is None, scale=scale)
         return torch.autograd.grad(y, (q, k, v), g)
 
-# %% ../nbs/api/08b_fast.ipynb #ef4f44c1
+# %% ../nbs/api/08b_fast.ipynb #5cdf0fd4
 @dataclass
 class Heads:
     "What one layer's attention needs to know."
@@ -375,7 +378,7 @@ class _Attend(torch.autograd.Function):
         if ctx.again: qkv = ctx.again()
         return ctx.heads.backward(qkv, g, kept).to(ctx.kind),None,None
 
-# %% ../nbs/api/08b_fast.ipynb #fe956526
+# %% ../nbs/api/08b_fast.ipynb #7e6793ea
 _CACHE = 2**20 # logits to a block: 4 MB in fp32
 
 class _StreamedCE(torch.autograd.Function):
@@ -419,7 +422,7 @@ def streamed_loss(
     rows = max(1, min(len(h), 1024))
     return _StreamedCE.apply(h, weight, targets, rows, max(256, _CACHE//rows))
 
-# %% ../nbs/api/08b_fast.ipynb #3fa8eaaf
+# %% ../nbs/api/08b_fast.ipynb #219adee4
 FAMILIES = dict(llama='Llama', mistral='Mistral', qwen2='Qwen2', qwen3='Qwen3', gemma='Gemma', gemma3_text='Gemma3')
 
 class General(Exception): "Why a batch takes the general path."
@@ -460,7 +463,7 @@ def _norm(m, family):
     _need(not m.weight.requires_grad, 'a norm that is trained')
     return Norm(m.weight, m.variance_epsilon if hasattr(m, 'variance_epsilon') else m.eps, family.startswith('Gemma'))
 
-# %% ../nbs/api/08b_fast.ipynb #8ee97ad2
+# %% ../nbs/api/08b_fast.ipynb #992d829d
 @dataclass
 class Block:
     "One decoder layer, as the fast path sees it."
@@ -518,7 +521,7 @@ def _plan(model, batch):
     _need(narrow is None or lay.longest<=narrow, f'a sample of {lay.longest} tokens, wider than the window of {narrow}' if narrow and lay else '')
     return blocks,norm,lay
 
-# %% ../nbs/api/08b_fast.ipynb #117e835c
+# %% ../nbs/api/08b_fast.ipynb #db6fbd24
 def _hidden(model, ids, blocks, lay):
     "Hidden states (kept tokens, d) before the last norm."
     base = model.base_model
@@ -558,7 +561,7 @@ def _join(h, x, group, before, after, again=None):
     if not after: return project(x, group, before, h, again)
     return h+_NormAlone.apply(project(x, group, before, None, again), after[0])
 
-# %% ../nbs/api/08b_fast.ipynb #0cad5671
+# %% ../nbs/api/08b_fast.ipynb #bec243ca
 def fast_loss(
     model,           # a transformers causal LM
     batch:dict,      # input_ids, labels (batch, seq), perhaps position_ids, as `collate` and `collate_packed` make them
@@ -569,3 +572,79 @@ def fast_loss(
     except General: return model_loss(model, batch, n)
     h = _hidden(model, batch['input_ids'].flatten()[lay.at][None], blocks, lay)
     return streamed_loss(_NormAlone.apply(h, norm), model.get_output_embeddings().weight, lay.targets)/(n or len(lay.targets))
+
+# %% ../nbs/api/08b_fast.ipynb #c3e02584
+class _Decoder:
+    "A `Group` of 4-bit layers prepared for few rows, without a graph. Its buffer is not for two threads at once."
+    def __init__(self, group, dtype, buffer):
+        n,k = group.cuts[-1].stop,group.bases[0].in_features
+        self.group,self.dtype,self.W = group,dtype,buffer[:n*k].view(n, k)
+        self.scales = [b.qweight.scales for b in group.bases] # kept: the calls hold their addresses
+        self.calls = [_prepared(b.qweight, s, self.W[cut], dtype) for b,s,cut in zip(group.bases, self.scales, group.cuts)]
+        ups = list(group.updates(dtype))
+        self.A = torch.cat([A for *_,A,_ in ups]).T if ups else None
+        at,self.ups = 0,[]
+        for cut,s,A,B in ups: self.ups.append((cut, slice(at, at := at+len(A)), (B*s).T))
+        self.biases = [(cut, b.to(dtype)) for cut,b in zip(group.cuts, group.biases) if b is not None]
+
+    def __call__(self, x):
+        for fn,args in self.calls: fn(*args)
+        y = x@self.W.T
+        if self.A is not None:
+            u = x@self.A
+            for cut,rows,B in self.ups: y[:, cut].addmm_(u[:, rows], B)
+        for cut,b in self.biases: y[:, cut] += b
+        return y
+
+def _prepared(q, scales, out, dtype):
+    "(bitsandbytes' CPU kernel, its arguments) that dequantises `q` to `out`."
+    numbers = (q.blocksize, q.numel()//q.blocksize, q.blocksize)
+    return _kernel(q.codebook, dtype),(*(ctypes.c_void_p(t.data_ptr()) for t in (q.packed, scales, out)), *map(ctypes.c_longlong, numbers))
+
+# %% ../nbs/api/08b_fast.ipynb #a7aff0c8
+class _Shared:
+    "The `forward` of each layer of a group: the first that sees an input computes all of them, the others find their part."
+    def __init__(self, layers, decoder, dtype):
+        self.layers,self.decoder,self.dtype,self.thread,self.x,self.ys = layers,decoder,dtype,threading.get_ident(),None,{}
+    def ask(self, i, x):
+        if torch.is_grad_enabled() or x.dtype!=self.dtype or threading.get_ident()!=self.thread: return type(self.layers[i]).forward(self.layers[i], x)
+        if x is not self.x or i not in self.ys:
+            y = self.decoder(x.reshape(-1, x.shape[-1]).to(self.decoder.dtype)).to(x.dtype)
+            self.x,self.ys = x,{j: y[:, cut].view(*x.shape[:-1], -1) for j,cut in enumerate(self.decoder.group.cuts)}
+        y = self.ys.pop(i)
+        if not self.ys: self.x = None
+        return y
+
+_TOGETHER = (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj'))
+
+def _decodable(m, dtype):
+    "Can this layer be prepared? None in 4 bits on a CPU, or with an update of another kind, is left as it is."
+    try: base = _linear(m)
+    except General: return False
+    base = base.base if isinstance(base, LoRALinear) else base
+    if not isinstance(base, Linear4bit) or base.weight.device.type!='cpu': return False
+    return base.qweight.numel()%base.config.blocksize==0 and _kernel(base.config.codebook, dtype) is not None
+
+@contextmanager
+def fast_decoding(
+    model # any model with 4-bit layers on the CPU; others are left as they are
+):
+    "Within this context `model` generates faster, in this thread, with the adapters that are active now. It computes what it did; weights must not change meanwhile."
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype,found,seen = compute_dtype(torch.empty(0, dtype=kind)),[],set()
+    for m in model.modules():
+        children = {} if isinstance(m, LoRALinear) else dict(m.named_children())
+        for names in [*_TOGETHER, *((n,) for n in children)]:
+            layers = [children[n] for n in names if n in children]
+            if len(layers)==len(names) and not seen & set(map(id, layers)) and all(type(l) in (LoRALinear, Linear4bit) and _decodable(l, dtype) for l in layers) and len({l.in_features for l in layers})==1:
+                found.append((layers, Group(layers)))
+                seen |= {id(t) for l in layers for t in (l, getattr(l, 'base', l))}
+    buffer = torch.empty(max((g.cuts[-1].stop*g.bases[0].in_features for _,g in found), default=0), dtype=dtype)
+    try:
+        for layers,group in found:
+            shared = _Shared(layers, _Decoder(group, dtype, buffer), kind)
+            for i,l in enumerate(layers): l.forward = partial(shared.ask, i)
+        yield model
+    finally:
+        for layers,_ in found:
+            for l in layers: l.__dict__.pop('forward', None)

@@ -1,12 +1,12 @@
 "The fast path against the general one: values and gradients for each family, what it leaves to the general path, and that it leaves no trace."
-import copy
+import copy, threading
 import pytest, torch
 import transformers as tf
 from torch import nn
 from conftest import counting, tiny_llama
 from lora_nb.adapter import activate, add_lora, by_row
 from lora_nb.data import Sample, collate, collate_packed
-from lora_nb.fast import fast_loss, layout, streamed_loss, why_general
+from lora_nb.fast import fast_decoding, fast_loss, layout, streamed_loss, why_general
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.loss import model_loss
 from lora_nb.models import quantisable
@@ -251,3 +251,44 @@ def test_trains_as_the_general_path_does():
             loss.backward(); opt.step(); opt.zero_grad()
             losses[-1].append(loss.item())
     assert max(abs(a-b) for a, b in zip(*losses)) < 1e-4 and losses[0][-1] < losses[0][0]
+
+@pytest.mark.parametrize('family', ['llama', 'llama_bias', 'qwen2', 'qwen3', 'gemma', 'gemma3', 'gemma2', 'phi3'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_computes_the_same(family, dtype):
+    config, kwargs = (FAST | SLOW)[family]
+    model = tiny(config, **kwargs).to(dtype)
+    adapted(model)
+    adapted(model, 2, name='b', targets=['o_proj', 'down_proj'], r=3)
+    activate(model, 'default')
+    ids, one = batches()['even']['input_ids'], torch.full((3, 1), 7)
+    def run():
+        first = model(ids, use_cache=True)
+        return torch.cat([first.logits, model(one, past_key_values=first.past_key_values).logits], 1).float()
+    tol = dict(atol=1e-5) if dtype is torch.float32 else dict(atol=.06, rtol=.05)
+    with torch.no_grad():
+        for on in (['default'], ['b'], []):
+            activate(model, *on)
+            want = run()
+            with fast_decoding(model):
+                assert sum('forward' in m.__dict__ for m in model.modules()) >= 4*3
+                assert torch.allclose(run(), want, **tol)
+        assert not any('forward' in m.__dict__ for m in model.modules()) and torch.equal(run(), want)
+
+def test_decoding_leaves_alone_what_it_cannot_prepare():
+    model = tiny(tf.LlamaConfig)
+    adapter, ids = adapted(model, dora=True), batches()['even']['input_ids']
+    with torch.no_grad():
+        want = model(ids).logits
+        with fast_decoding(model): assert torch.equal(model(ids).logits, want) and not any('forward' in m.__dict__ for m in model.modules())
+    adapter.remove()
+    adapter = adapted(model)
+    loss = grads(model_loss, model, adapter, batches()['even'])
+    with fast_decoding(model):
+        assert torch.equal(grads(model_loss, model, adapter, batches()['even'])[0], loss[0])  # with a graph: the layers' own way
+        answer = []
+        t = threading.Thread(target=lambda: answer.append(model(ids).logits.detach()))
+        t.start(); t.join()
+    assert torch.equal(answer[0], model(ids).logits)
+    with pytest.raises(RuntimeError, match='stop'):
+        with fast_decoding(model): raise RuntimeError('stop')
+    assert not any('forward' in m.__dict__ for m in model.modules())
