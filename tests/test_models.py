@@ -350,7 +350,7 @@ def test_ask_takes_chats(built_in):
         x = tok.apply_chat_template(q, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         y = m.generate(**x, max_new_tokens=7, do_sample=False)[0, x["input_ids"].shape[1]:]
         assert isinstance(answer, str) and answer == tok.decode(y, skip_special_tokens=True).strip()
-    assert "Ada" in alone[1] and alone[2] == alone[3]
+    assert alone[2] == alone[3]
     assert ask(m, tok, [CHAT], 7) == alone[:1] and len(ask(m, tok, [CHAT, "Hello"], 7)) == 2 and ask(m, tok, ("Hello",), 7) == alone[2:3]
 
 @pytest.mark.parametrize("wrong", [3, None, dict(role="user", content="x"), [3], [dict(content="x")], ["x", dict(role="user", content="x")], [[]], [["x"]]], ids=repr)

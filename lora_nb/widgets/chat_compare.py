@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'compare', 'Turn', 'answer_turn', 'chat_frame', 'turn_text', 'answer_html', 'earlier_html', 'still_chat',
            'ChatCompare']
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #c96e0949
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #7eba6e5b
 import asyncio, threading, time, weakref
 import ipywidgets as widgets, pandas as pd
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .live_run import LIVE
 from .look import COLOUR, answer_while_busy, as_text, grid, heading, panel, parts, still_table, style_sheet
 from .rank_spectrum import acting
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #a2efeb02
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #1a7fe6a2
 _locks = weakref.WeakKeyDictionary() # model → lock
 
 def compare(
@@ -39,7 +39,7 @@ def compare(
         with adapter.disabled(): base = answer('base')
         return dict(question=question, base=base, adapter=answer('adapter'))
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #89adddf4
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #d9482a8b
 SIDES = dict(base='Base', adapter='With the adapter')
 
 @dataclass
@@ -68,16 +68,17 @@ class Turn:
         n,first,last = self.heard.get(side, (0, 0., 0.))
         return (n-1)/(last-first) if last>first else 0.
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #7528df5f
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #2618879c
 def answer_turn(
     turn:Turn,     # its answers grow while this runs; its state is the outcome
     adapter, tok,  # as in `compare`
     max_new_tokens:int=128,
     step:int|None=None, # of the run
-    changed=lambda: None # called after each token
+    changed=lambda: None # called at the start and after each token
 )->Turn:
     "`compare` for a `Turn`. An error is noted in it, and not raised."
     turn.state,turn.step = 'answering',step
+    changed()
     def hear(side, piece):
         turn.hear(side, piece)
         changed()
@@ -88,7 +89,7 @@ def answer_turn(
     except Exception as e: turn.error,turn.state = e,'failed'
     return turn
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #17498ffb
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #247425e0
 def chat_frame(
     turns # of `Turn`
 )->pd.DataFrame: # columns step (missing where there is no run), question, base, adapter; a row for each that was answered, a stopped one as far as it came
@@ -110,12 +111,12 @@ def turn_text(
     if turn.state=='answering': return f"{SIDES['adapter' if 'adapter' in turn.heard else 'base']}: answering{_at(turn)} …" + (' Training holds.' if live else '')
     return dict(answered='Answered', stopped='Stopped', failed='Failed')[turn.state]+_at(turn)
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #6f0390d4
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #99c6110f
 def answer_html(turn:Turn|None, side:str)->str:
     "One side's answer, as far as it has come."
     text = getattr(turn, side) if turn else ''
-    quiet = '' if turn is None else '…' if turn.busy else 'no text'
-    return f'<div class="lnb-answer" style="border-color:{COLOUR[side]}; min-height:3em">' + (as_text(text) if text else f'<span class="lnb-quiet">{quiet}</span>') + '</div>'
+    quiet = '' if turn is None or turn.error else '…' if turn.busy else 'no text'
+    return f'<div class="lnb-answer" style="border:0; padding:0; min-height:3em">' + (as_text(text) if text else f'<span class="lnb-quiet">{quiet}</span>') + '</div>'
 
 def earlier_html(turns)->str:
     "Earlier questions with both answers, the newest first."
@@ -131,7 +132,7 @@ def still_chat(turns)->str:
     failed = ''.join(f'<p>{as_text(t.question)}: {as_text(_wrong(t.error))}</p>' for t in turns if t.error)
     return (still_table(frame.to_dict('records')) or ('' if failed else '<p>ChatCompare: nothing asked yet.</p>'))+failed
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #1c70098a
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #63da06ce
 class ChatCompare(widgets.VBox):
     "Base and adapter answer your questions side by side, token by token; while a run trains, its worker answers between two steps."
     def __init__(self,
@@ -144,7 +145,7 @@ class ChatCompare(widgets.VBox):
         self.adapter = self.run.adapter if self.run else source
         self.tok = getattr(self.run.data, 'tok', None) if tok is None and self.run else tok
         if self.tok is None: raise ValueError(f'{type(source).__name__} does not say which tokenizer the model has. Give it: ChatCompare(source, tok).')
-        self.max_new_tokens,self.turns,self._pending,self._cancel = max_new_tokens,[],None,None
+        self.max_new_tokens,self.turns,self._pending,self._cancel,self._notice = max_new_tokens,[],None,None,None
         self._lock,self._due,self._next,self._shown,self._left,self._off,self._closed = threading.RLock(),False,0.,None,None,[],False
         try: self._loop = asyncio.get_running_loop()
         except RuntimeError: self._loop = None
@@ -156,7 +157,7 @@ class ChatCompare(widgets.VBox):
         if self.live(): self._off = [self.run.subscribe(self._told), self.run.while_waiting(self._waiting)]
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #3b586ec0
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #e40af728
 def live(self:ChatCompare)->bool:
     "Is a run training the adapter now?"
     return self.run is not None and self.run.state in LIVE
@@ -166,7 +167,7 @@ ChatCompare.busy = property(lambda self: bool(self.turns) and self.turns[-1].bus
 ChatCompare._still_class = property(lambda self: f'lnb-still-{self.model_id}')
 
 def _build(self:ChatCompare):
-    self.text = widgets.Textarea(description='Question', placeholder='Both will answer', rows=2, continuous_update=False, layout=widgets.Layout(width='100%'))
+    self.text = widgets.Textarea(description='Question', placeholder='Both will answer', rows=2, continuous_update=False, layout=widgets.Layout(width='auto'))
     button = lambda name,icon,tip: widgets.Button(description=name, icon=icon, tooltip=tip, layout=widgets.Layout(width='100px'))
     self.buttons = dict(ask=button('Ask','comments','Put the question to both'), stop=button('Stop','stop','End the answers where they are; a run goes on'))
     self.buttons['ask'].on_click(self._press)
@@ -180,7 +181,7 @@ def _build(self:ChatCompare):
     self._top = panel(self.text, widgets.HBox([*self.buttons.values(), self._status], layout=widgets.Layout(flex_flow='row wrap', align_items='center', grid_gap='4px 8px')))
 ChatCompare._build = _build
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #33085a92
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #ecc67227
 def ask(self:ChatCompare, question:str)->ChatCompare:
     "Put a question to both and return at once; `wait` awaits the answers. ValueError for an empty question, RuntimeError while another is being answered."
     if not question.strip(): raise ValueError('The question is empty. Type one, then press Ask.')
@@ -189,6 +190,7 @@ def ask(self:ChatCompare, question:str)->ChatCompare:
         if self.busy: raise RuntimeError('One question at a time: the last one is still being answered. Wait for it, or press Stop.')
         self._pending = Turn(question.strip())
         self.turns.append(self._pending)
+        self._notice = None
         if self.live(): self._cancel = self.run.probe(self._between_steps, 0.)
         if not self.live(): self._alone()
     return self.refresh()
@@ -223,7 +225,7 @@ ChatCompare._between_steps = _between_steps
 def _told(self:ChatCompare, event):
     "The run's events, in its worker: one that has ended serves no probe any more."
     if event['kind']!='state': return
-    if not self.live(): self._alone()
+    if self._pending and not self.live(): self._alone()
     self._wake()
 ChatCompare._told = _told
 
@@ -236,7 +238,7 @@ def stop(self:ChatCompare):
     self.refresh()
 ChatCompare.stop = stop
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #c872b874
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #0d1e6503
 def _set(widget, value):
     if widget.value!=value: widget.value = value
 
@@ -245,25 +247,25 @@ def refresh(self:ChatCompare)->ChatCompare:
     with self._lock:
         if self._closed: return self
         turn = self.turns[-1] if self.turns else None
+        _set(self._status, f'<span role="status">{as_text(turn_text(turn, self.live()))}</span>')
+        _set(self._now, f'<div class="lnb-question">{as_text(turn.question)}</div>' if turn else '')
         for side,name in SIDES.items():
             _set(self._heads[side], heading(name, _speed(turn, side) if turn else ''))
             _set(self._answers[side], answer_html(turn, side))
-        _set(self._now, f'<div class="lnb-question">{as_text(turn.question)}</div>' if turn else '')
-        _set(self._status, f'<span role="status">{as_text(turn_text(turn, self.live()))}</span>')
-        self._say(turn.error if turn else None)
-        _set(self._past, heading('Earlier questions')+earlier_html(self.turns[:-1]) if len(self.turns)>1 else '')
+        told = self._notice[0] if self._notice and self._notice[1]==self.busy else turn.error if turn else None
+        _set(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(_wrong(told))}</div>' if told else '')
+        _set(self._past, f'<div style="margin-top:8px">{heading("Earlier questions")}{earlier_html(self.turns[:-1])}</div>' if len(self.turns)>1 else '')
         if self.buttons['stop'].disabled==self.busy: self.buttons['stop'].disabled = not self.busy
         self._next = time.monotonic()+.2
         if not self.busy and self._left!=len(self.turns): self._leave_still()
     return self
 ChatCompare.refresh = refresh
 
-def _say(self:ChatCompare, error): _set(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(_wrong(error))}</div>' if error else '')
-ChatCompare._say = _say
-
 def _press(self:ChatCompare, _=None):
     try: self.ask(self.text.value)
-    except (ValueError, RuntimeError) as e: self._say(e)
+    except (ValueError, RuntimeError) as e:
+        self._notice = e,self.busy
+        self.refresh()
 ChatCompare._press = _press
 
 def _wake(self:ChatCompare):
@@ -301,7 +303,7 @@ def _end(self:ChatCompare):
     self._off = []
 ChatCompare._end = _end
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #39639062
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #4a20472b
 def _still(self:ChatCompare): return {'text/html': f'<div class="{self._still_class}">{still_chat(self.turns)}</div>', 'text/plain': ''}
 ChatCompare._still = _still
 
@@ -319,7 +321,7 @@ ChatCompare._ipython_display_ = _ipython_display_
 
 ChatCompare.__repr__ = lambda self: f'ChatCompare, {len(self.turns)} questions. {turn_text(self.turns[-1] if self.turns else None, self.live())}'
 
-# %% ../../nbs/api/12_widgets_chat_compare.ipynb #1508138c
+# %% ../../nbs/api/12_widgets_chat_compare.ipynb #81d820de
 def wait(self:ChatCompare)->ChatCompare:
     "Block until the answers are there, drawing meanwhile. Raises what the answering raised; an interrupt stops the answers."
     try:
