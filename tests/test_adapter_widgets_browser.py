@@ -56,7 +56,7 @@ def test_the_button_measures_and_the_choice_of_all_layers_has_its_name(lab):
     box = lab.page.locator('.lnb').nth(1)
     assert box.locator('select').first.evaluate('s => s.selectedOptions[0].text').replace('\xa0', ' ')=='all layers'
     box.get_by_role('button', name='Measure the loss').click()
-    losses = until(lambda: (l := plot(lab, 1, 2).evaluate('el => Array.from(el.data[1].y ?? [])')) and len(l)==3 and l, 60, 'three losses')
+    losses = until(lambda: (l := plot(lab, 1, 2).evaluate('el => Array.from(el.data[1].y ?? [])')) and len(l)==3 and l, what='three losses')
     until(lambda: all(f'{v:.4f}' in box.inner_text() for v in losses), what='the table has them too')
     box.locator('select').first.select_option(index=3)
     until(lambda: plot(lab, 1, 0).evaluate('el => Array.from(el.data[3].y ?? []).length')==4, what='bars of one layer')

@@ -169,7 +169,7 @@ def test_stop_ends_within_a_few_tokens(adapter, tok):
         if chat.turns[-1].base.count(' ') > 5: break
         time.sleep(.005)
     chat.close()
-    by = time.monotonic()+30
+    by = time.monotonic()+300
     while chat.busy: assert time.monotonic() < by; time.sleep(.01)
     assert len(counted) < 30
 
@@ -368,7 +368,7 @@ def test_a_run_that_ends_leaves_the_question_to_the_widget(tmp_path, end):
         with torch.no_grad(): next(trainer.adapter.parameters()).fill_(float('nan'))
     run._done.wait(30)
     assert run.state==end
-    by = time.monotonic()+30
+    by = time.monotonic()+300
     while chat.busy: assert time.monotonic() < by, 'nobody answers'; time.sleep(.02)
     chat.wait()
     assert chat.turns[0].state=='answered' and chat.data().step.tolist()==[run.step]

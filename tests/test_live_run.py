@@ -91,7 +91,7 @@ async def in_a_loop(tmp_path, body, **settings):
         await asyncio.to_thread(run._done.wait, 20)
 
 
-async def becomes(true, seconds=30):
+async def becomes(true, seconds=300):
     "Wait in the loop until `true()`; a busy machine may take its time."
     end = time.monotonic()+seconds
     while not true():

@@ -85,7 +85,7 @@ def test_run_all_watch_pause_resume_stop(lab):
 
 def test_looks(lab):
     live = opened(lab, 'looks', start('looks', pace=.05), "run._publish('sample', question='What does LoRA stand for?', base='Long Range Radio, a radio protocol.', adapter='Low-Rank Adaptation: two thin matrices beside a frozen weight.')")
-    until(lambda: live.step() > 60 and 'Low-Rank' in live.text(), 60)
+    until(lambda: live.step() > 60 and 'Low-Rank' in live.text())
     for theme in ('Light', 'Dark'):
         lab.theme(theme)
         for width in (700, 1100, 1500):
@@ -96,7 +96,7 @@ def test_looks(lab):
                 plots = [p.bounding_box() for p in live.box.locator('.js-plotly-plot').all()]
                 svgs = [p.bounding_box() for p in live.box.locator('.js-plotly-plot .main-svg:first-child').all()]
                 return all(p['x']+p['width'] <= right for p in plots+svgs) and all(abs(p['width']-s['width']) < 3 for p,s in zip(plots, svgs))
-            until(fits, 10, f'every plot fits its panel at {width} pixels')
+            until(fits, what=f'every plot fits its panel at {width} pixels')
             lab.screenshot(f'live-run-{width}-{theme.lower()}')
         letters, page = live.box.locator('.xtitle').first.evaluate('el => [getComputedStyle(el).fill, getComputedStyle(document.body).getPropertyValue("--jp-layout-color0")]')
         light = sum(map(int, letters[letters.index('(')+1:-1].split(',')[:3])) > 380
@@ -187,14 +187,14 @@ def test_the_tutorial(lab):
     for part in ('tutorials', 'data'): shutil.copytree(ROOT/'nbs'/part, lab.folder/part, dirs_exist_ok=True)
     lab.open('tutorials/01_live_qlora.ipynb').run_all()
     live = LivePage(lab).appear(900)
-    a = len(until(lambda: live.points(), 120))
-    until(lambda: len(live.points()) > a+4, 120, 'the loss curve gains points')
+    a = len(until(lambda: live.points()))
+    until(lambda: len(live.points()) > a+4, what='the loss curve gains points')
     live.press_and_see('Pause', 'paused', 60)
     step = live.step()
     time.sleep(5)
     assert live.step()==step
     live.press_and_see('Resume', 'running', 60)
-    until(lambda: live.step() > step+2, 120)
+    until(lambda: live.step() > step+2)
     lab.page.set_viewport_size(dict(width=1500, height=2600))
     lab.screenshot('tutorial-live-run')
     live.press_and_see('Stop', 'stopped', 120)

@@ -18,5 +18,5 @@ def test_live_qlora_learns(tmp_path):
     assert out.returncode == 0, out.stdout[-3000:]+out.stderr[-3000:]
     before, after, train = map(int, re.search(r'held-out answers\s+(\d+)% right before, (\d+)% after \((\d+)% of', out.stdout).groups())
     assert after >= 60 > before and train >= 80
-    saved = Path(re.search(r'adapter\s+(\S+)', out.stdout).group(1))
-    assert (saved/'adapter_model.safetensors').exists() and 'low-rank adaptation' in re.search(r'after\s+(.*)', out.stdout).group(1).lower()
+    saved = Path(re.search(r'^adapter +(\S+)', out.stdout, re.M).group(1))
+    assert (saved/'adapter_model.safetensors').exists() and 'low-rank adaptation' in re.search(r'^after +(.*)', out.stdout, re.M).group(1).lower()
