@@ -274,3 +274,56 @@ def test_saved_notebook_shows_the_last_state(tmp_path):
     assert 'finished' in output.data['text/html'] and 'step 20 of 20' in output.data['text/html'] and '<svg' in output.data['text/html']
     html, _ = HTMLExporter().from_notebook_node(nb)
     assert 'step 20 of 20' in html and 'LiveRun, finished' not in html
+
+
+# A run that is over, from its folder
+
+def test_a_folder_gives_the_same_view_without_a_model(finished):
+    live, past = LiveRun(finished), LiveRun(str(finished.out))
+    assert sorted(past.choose.options)==sorted(finished.adapter.layers) and past.run.model is None
+    for layer in past.layers[::5]:
+        live.choose.value = past.choose.value = layer
+        assert past.data('A').equals(live.data('A')) and past.data('B').equals(live.data('B'))
+        assert np.allclose(past.figure('spectrum').data[0].y, live.figure('spectrum').data[0].y)
+    for name in ('loss', 'rates'): assert past.data(name).equals(live.data(name))
+    assert 'finished' in past._state.value and f'step {finished.step} of {finished.total_steps}' in past._line.value
+    assert all(b.disabled for b in past.buttons.values()) and not past._trouble.value
+    assert "'layers.0.q_prj'" in str(pytest.raises(KeyError, LiveRun, finished.out, layer='layers.0.q_prj').value)
+
+
+def test_other_runs_lie_beside_it(tmp_path, finished):
+    slow = tiny_run(tmp_path/'run', epochs=2, lr=1e-3).wait(progress=False)
+    live = LiveRun(slow, beside=[finished.out, tmp_path/'run'])                                   # all three folders are called 'run'
+    fig = live.figure('loss')
+    theirs = {t.name:t for t in fig.data}
+    assert np.array_equal(fig.data[0].y, slow.log.loss) and np.array_equal(theirs[f'{finished.out}, held-out'].y, finished.evals.loss)
+    assert np.array_equal(theirs[f'{finished.out}, training'].y, lr.smooth(finished.log.loss.to_numpy()))
+    table = live.data('losses')
+    assert table[str(finished.out)].training.dropna().tolist()==finished.log.loss.tolist() and table[str(slow.out)].training.dropna().tolist()==slow.log.loss.tolist()
+    for html in (live._heads['loss'].value, lr.still_html(slow, live.others)): assert str(finished.out) in Parts(html).text
+
+
+def test_hostile_folder_names_are_text(tmp_path):
+    folder = tmp_path/'<img src=x onerror=alert(1)>'
+    for out in (folder, tmp_path/'b'): tiny_run(out, epochs=1).wait(progress=False)
+    beside = LiveRun(tmp_path/'b', beside=[folder])
+    for html in (beside._heads['loss'].value, lr.still_html(beside.run, beside.others)): assert 'img' not in [t for t, _ in Parts(html).tags] and '<img src' in Parts(html).text
+
+
+@pytest.mark.parametrize('text, state', [('', 'cut off'), ('{"kind": "state", "time": 0.0, "step": 0, "state": "running"}\n{"kind": "st', 'cut off'),
+                                         ('{"kind": "error", "time": 1.0, "step": 3, "text": "OSError: disk full"}\n{"kind": "state", "time": 1.0, "step": 3, "state": "failed"}\n', 'failed')])
+def test_a_run_that_did_not_end_well_is_shown(tmp_path, text, state):
+    (tmp_path/'events.jsonl').write_text(text)
+    live = LiveRun(tmp_path)
+    assert state in live._state.value and ('disk full' in live._trouble.value)==(state=='failed') and live.data('loss').empty and live.choose.options==()
+
+
+@pytest.mark.parametrize('bad', ['[]', '{"kind": 3, "step": 1, "time": 1}', '{"kind": "step"}', 'step 3', '\x00\x01'])
+def test_a_damaged_line_is_named(tmp_path, bad):
+    good = '{"kind": "state", "time": 0.0, "step": 0, "state": "running"}\n'
+    (tmp_path/'events.jsonl').write_text(good+bad+'\n'+good)
+    with pytest.raises(ValueError, match='events.jsonl, line 2: no event of a run'): LiveRun(tmp_path)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="give a folder that Trainer"): LiveRun(tmp_path)

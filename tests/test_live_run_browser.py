@@ -2,6 +2,7 @@
 import json, shutil, time
 from pathlib import Path
 import pytest
+from live_tiny import tiny_run
 from browser import CHROMIUM, Lab, LivePage, chromium, jupyterlab, notebook, until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +163,19 @@ def test_a_finished_run_shows_everything(lab):
     live = opened(lab, 'finished', "run = tiny_run('runs/finished', epochs=4).wait(progress=False)\nlive = LiveRun(run)\nlive")
     assert live.state()=='finished' and len(until(lambda: live.points()))==live.step()==20
     assert len(until(lambda: live.points('spectrum', 0)))==4 and not lab.errors
+
+
+def test_two_runs_from_their_folders(lab):
+    for name, lr in (('first', 2e-2), ('second', 1e-3)): tiny_run(lab.folder/f'runs/{name}', epochs=8, lr=lr).wait(progress=False)
+    live = opened(lab, 'past', "live = LiveRun('runs/first', beside=['runs/second'])\nlive")
+    want = {name: [e['loss'] for e in events(lab, name, 'eval')] for name in ('first', 'second')}
+    until(lambda: live.points('loss', 2)==pytest.approx(want['first']) and live.points('loss', 4)==pytest.approx(want['second']), what='both curves')
+    assert live.state()=='finished' and 'second (dotted: training)' in live.text() and live.box.get_by_role('button', name='Pause').is_disabled()
+    for theme in ('Light', 'Dark'):
+        lab.theme(theme)
+        lab.screenshot(f'live-run-beside-{theme.lower()}')
+    lab.theme('Light')
+    assert len(live.points('spectrum', 0))==4 and not lab.errors
 
 
 def test_a_failed_run_says_why(lab):

@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'MATRICES', 'folder_scaling', 'Factors', 'norm_frame', 'norm
            'colour_limit', 'colour_limits', 'adapter_sources', 'overview_picture', 'fill_overview', 'matrix_picture',
            'fill_matrix', 'still_grid', 'AdapterInspector']
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #01a42495
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #fb31fd6e
 import difflib, json, math, threading
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from ..adapter import Adapter, block_index
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, shrink, still_table, style_sheet)
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #ea610d61
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #13cf8c01
 def folder_scaling(
     cfg:dict, # PEFT's adapter_config.json
     path:str, # of the layer
@@ -39,7 +39,7 @@ class Factors:
         self.cfg = json.loads(config.read_text(encoding='utf-8'))
         with safe_open(self.file, 'pt') as f: keys = list(f.keys())
         self.keys = {k.removeprefix('base_model.model.').split('.lora_')[0]:k for k in keys if '.lora_A' in k or '.lora_embedding_A' in k}
-        self.layers = list(self.keys)
+        self.layers = sorted(self.keys, key=lambda path: [(int(p), '') if p.isdigit() else (-1, p) for p in path.split('.')])
 
     def __call__(self,
         layer:str   # a key of `layers`
@@ -59,7 +59,7 @@ def _known(name, names):
         raise KeyError(f"{name!r} is not there. Nearest: {', '.join(map(repr, near))}.")
     return name
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #2c44bdb3
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #344c4b73
 @torch.no_grad()
 def norm_frame(
     factors # `Factors`, or what it is made from
@@ -85,7 +85,7 @@ def norm_grid(
     modules,blocks = list(dict.fromkeys(f.module)),sorted(set(f.block), key=lambda b: (b=='', b))
     return f.pivot_table(index='module', columns='block', values=_known(what, NORMS), sort=False, dropna=False).reindex(index=modules, columns=blocks)
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #09af21c8
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #b162fee5
 MATRICES = 'A','Bᵀ','ΔW'
 
 def matrix_shape(factors:tuple, name:str)->tuple:
@@ -125,7 +125,7 @@ def matrix_map(
         z = np.concatenate(pieces)
     return pd.DataFrame(z, index=starts(a, b), columns=starts(c, d))
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f67c5741
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #11c24b68
 def colour_limit(
     *maps # of `matrix_map` or `norm_grid`
 )->float: # greatest finite magnitude; 1 where all are zero
@@ -143,7 +143,7 @@ def colour_limits(
     group = dict(matrix=lambda k: k[1], all=lambda k: 0, own=lambda k: k)[_known(how, _COLOURS.values())]
     return {k: colour_limit(*(m for other,m in maps.items() if group(other)==group(k))) for k in maps}
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #2933d3b8
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #04f95763
 def adapter_sources(
     source # an `Adapter`, a folder of PEFT's files, a folder of checkpoints, or a `Run`
 )->dict:   # name → `Adapter` or folder
@@ -163,7 +163,7 @@ def _checkpoints(folder):
     steps = sorted((int(p.name.split('-')[1]), p) for p in Path(folder).glob('checkpoint-*') if p.name.split('-')[1].isdigit())
     return {f'step {n}': p for n,p in steps}
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #81ec13d2
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #49022f91
 _RISING = [[0,'rgba(128,128,128,.08)'], [1,COLOUR['adapter']]]
 _AXES = {'A':('input feature', 'A: rank'), 'Bᵀ':('output feature', 'Bᵀ: rank'), 'ΔW':('input feature', 'output feature')}
 
@@ -211,7 +211,7 @@ def fill_matrix(fig, table:pd.DataFrame, limit:float):
     "Put a `matrix_map` into `fig`."
     fig.data[0].update(z=table.to_numpy(), x=table.columns.to_numpy(), y=table.index.to_numpy(), zmin=-limit, zmax=limit)
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #3bf22eaf
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #43817082
 def still_grid(
     table:pd.DataFrame, # from `norm_grid`
     limit:float         # darkest colour
@@ -228,7 +228,7 @@ def still_grid(
     out += [f'<text x="{left+size*j+6}" y="{size*len(table)+12}" text-anchor="middle" fill="#808080">{as_text(table.columns[j])}</text>' for j in ticks]
     return ''.join(out)+f'<text x="{left}" y="{height-4}" fill="#808080">block</text></svg>'
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f686c27e
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #ef7496d8
 class AdapterInspector(widgets.VBox):
     "Norms of all layers, and A, B and ΔW of one, of an adapter or of two side by side."
     def __init__(self,
@@ -252,7 +252,7 @@ class AdapterInspector(widgets.VBox):
         for w in self.controls.values(): w.observe(self._changed, 'value')
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #1c633d42
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #2e447441
 def _read(self:AdapterInspector, side):
     name = self.shown[side]
     if name not in self._factors: self._factors[name] = Factors(self.sources[name])
@@ -275,7 +275,7 @@ def place(self:AdapterInspector)->tuple:
     return row.module,'' if pd.isna(row.block) else int(row.block)
 AdapterInspector.place = place
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #9cff2680
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #02b1fe4c
 def _all(self:AdapterInspector)->pd.DataFrame:
     "Layers of both sides, each once."
     f = pd.concat([self.norms(s) for s in self.sides()])
@@ -313,7 +313,7 @@ def _choices(self:AdapterInspector):
     return [('outside of blocks' if b=='' else str(b), b) for b in blocks],[(m,m) for m in dict.fromkeys(here.module)]
 AdapterInspector._choices = _choices
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #272c3518
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #649ad586
 def _window(self:AdapterInspector, name):
     "Rows and columns to which that matrix is zoomed; the same on both sides."
     return self._windows.get(name, (None, None))
@@ -377,7 +377,7 @@ def refresh(self:AdapterInspector)->AdapterInspector:
     return self
 AdapterInspector.refresh = refresh
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #f107f859
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #edde1456
 def _changed(self:AdapterInspector, change):
     if self._quiet or self._closed: return
     c = self.controls
@@ -462,7 +462,7 @@ def _zoomed(self:AdapterInspector, side, name, layout, *changed):
     if tuple(window)!=self._window(name): self.zoom(name, *window)
 AdapterInspector._zoomed = _zoomed
 
-# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #dc26bcb1
+# %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #ad117ab9
 def data(self:AdapterInspector, name:str, side:str='left')->pd.DataFrame:
     "The numbers behind a picture: 'norms' (all layers), 'overview', 'A', 'Bᵀ' or 'ΔW'."
     _known(name, ('norms','overview',*MATRICES)); _known(side, self.sides())
