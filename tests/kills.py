@@ -35,7 +35,7 @@ def losses(run): return {e['step']: e['loss'] for e in map(json.loads, (run/'eve
 def half_written(run): return list(run.glob('.checkpoint-*.tmp-*'))
 
 
-def until(moment, pid, seconds=60):
+def until(moment, pid, seconds=300):
     "Wait for `moment()`; False if the child ended before."
     end = time.time()+seconds
     while not moment():

@@ -42,7 +42,7 @@ def merge_kl_picture(report:pd.DataFrame): # → Picture
 def merge_loss_picture(report:pd.DataFrame): # → Picture
     "The held-out loss of each way, with the error of its difference; lines: the model unmerged, and without its adapter."
     r = report[::-1]
-    dots = go.Scatter(x=r.loss, y=list(r.index), mode='markers', marker=dict(size=10, color=[_colour(report, w) for w in r.index]), error_x=dict(type='data', array=2*r.error, thickness=1.5),
+    dots = go.Scatter(x=r.loss, y=list(r.index), mode='markers', marker=dict(size=10, color=[_colour(report, w) for w in r.index]), error_x=dict(type='data', array=2*r.error, thickness=1.5, color=COLOUR['base']),
                       customdata=r[['delta', 'error']].to_numpy(), hovertemplate='%{y}<br>loss %{x:.4f}<br>against unmerged %{customdata[0]:+.4f} ± %{customdata[1]:.4f}<extra></extra>')
     fig = picture([dots], 'held-out loss (nats per token)', height=90+34*len(r), hovermode='closest')
     fig.add_vline(x=report.attrs['unmerged'], line=dict(color=COLOUR['adapter'], width=1.5))
