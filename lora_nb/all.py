@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api/14_all.ipynb #a3ad4ce7
+# %% ../nbs/api/14_all.ipynb #70d7734c
 from . import adapter,codebook,data,linear4bit,lora,loss,memory,merge,models,quantize,ranks,sensitivity,spectra,trainer
-from .widgets import live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,chat_compare
+from .widgets import look,live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,chat_compare
 
+look.ready_notebook()
 _modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, chat_compare)
 __all__ = [name for m in _modules for name in m.__all__]
 
-# %% ../nbs/api/14_all.ipynb #95f4b3f4
+# %% ../nbs/api/14_all.ipynb #ad05c2c1
 from .codebook import *
 from .quantize import *
 from .linear4bit import *

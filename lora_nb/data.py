@@ -4,28 +4,28 @@
 
 # %% auto #0
 __all__ = ['MARK', 'SHAREGPT', 'READERS', 'SHAPES', 'DataError', 'render', 'answer_region', 'answer_spans', 'Sample',
-           'encode_chat', 'as_messages', 'read_rows', 'encode_text', 'split_sample', 'split_rows', 'ChatData',
-           'encode_row', 'chat_data', 'preview', 'Preview', 'batch_order', 'collate', 'pack_order', 'collate_packed',
-           'right_answer']
+           'encode_chat', 'as_messages', 'read_rows', 'encode_text', 'notebooks_folder', 'example_data', 'split_sample',
+           'split_rows', 'ChatData', 'encode_row', 'chat_data', 'preview', 'Preview', 'batch_order', 'collate',
+           'pack_order', 'collate_packed', 'right_answer']
 
-# %% ../nbs/api/07_data.ipynb #67895fbb
-import csv,html,json,os,random,re
+# %% ../nbs/api/07_data.ipynb #abd14bf0
+import csv,difflib,html,importlib.util,json,os,random,re
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
-# %% ../nbs/api/07_data.ipynb #3f326312
+# %% ../nbs/api/07_data.ipynb #45d857fd
 class DataError(ValueError): "What is wrong with a training sample, with the file and line where there is one."
 
-# %% ../nbs/api/07_data.ipynb #c5cb9372
+# %% ../nbs/api/07_data.ipynb #ba81736b
 def render(tok, messages, **kwargs)->str:
     "The chat as the tokenizer's template writes it. Raises DataError with the template's own complaint."
     try: return tok.apply_chat_template(messages, tokenize=False, **kwargs)
     except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
         raise DataError(f"The chat template refuses this chat: {type(e).__name__}: {e}. Roles are {[m.get('role') for m in messages]}.") from None
 
-# %% ../nbs/api/07_data.ipynb #d31a7643
+# %% ../nbs/api/07_data.ipynb #f8dd0148
 MARK = '\ue000\ue001\ue002'
 
 def answer_region(
@@ -39,7 +39,7 @@ def answer_region(
     if MARK not in marked or b<=a: raise DataError(f"The chat template leaves out turn {i}, an answer. Give one answer per sample, or use labels='all'.")
     return a,b
 
-# %% ../nbs/api/07_data.ipynb #7cbcb57e
+# %% ../nbs/api/07_data.ipynb #9d67f9e8
 def answer_spans(
     tok,           # a tokenizer with a chat template
     messages:list  # dicts with 'role' and 'content'
@@ -64,7 +64,7 @@ def answer_spans(
         spans.append((a, b))
     return text,spans
 
-# %% ../nbs/api/07_data.ipynb #ef29a980
+# %% ../nbs/api/07_data.ipynb #c456a1b6
 @dataclass
 class Sample:
     "One training sequence."
@@ -77,7 +77,7 @@ class Sample:
     @property
     def n_labels(self): return sum(l!=-100 for l in self.labels[1:])
 
-# %% ../nbs/api/07_data.ipynb #6fe87a86
+# %% ../nbs/api/07_data.ipynb #202d4978
 def encode_chat(
     tok,               # a fast tokenizer with a chat template
     messages:list,     # dicts with 'role' and 'content'
@@ -97,7 +97,7 @@ def encode_chat(
         raise DataError(f"No token to learn from: {why}.")
     return s
 
-# %% ../nbs/api/07_data.ipynb #d5b02e17
+# %% ../nbs/api/07_data.ipynb #341ead4d
 SHAREGPT = {'human':'user', 'user':'user', 'gpt':'assistant', 'assistant':'assistant', 'chatgpt':'assistant', 'system':'system', 'tool':'tool', 'function_response':'tool'}
 
 def _from_sharegpt(turns):
@@ -107,13 +107,13 @@ def _from_sharegpt(turns):
     if odd: raise DataError(f"'conversations' has turns from {odd}; known are {sorted(SHAREGPT)}")
     return [dict(role=SHAREGPT[t['from']], content=t['value']) for t in turns]
 
-# %% ../nbs/api/07_data.ipynb #a2f51625
+# %% ../nbs/api/07_data.ipynb #604f9338
 def _from_alpaca(row):
     if not all(isinstance(t, str) for t in (row['instruction'], row.get('input') or '', row['output'])): raise DataError("'instruction', 'input' and 'output' must be text")
     ask = row['instruction']+(f"\n\n{row['input']}" if row.get('input') else '')
     return [dict(role='user', content=ask), dict(role='assistant', content=row['output'])]
 
-# %% ../nbs/api/07_data.ipynb #a63cf453
+# %% ../nbs/api/07_data.ipynb #abb484c8
 def as_messages(row:dict)->list:
     "The chat in a row, whatever of the known shapes it has. Raises DataError naming the fields found."
     if 'messages' in row: ms = row['messages']
@@ -126,7 +126,7 @@ def as_messages(row:dict)->list:
         raise DataError("'messages' must be a list of objects, each with a text 'role' and a text 'content'")
     return ms
 
-# %% ../nbs/api/07_data.ipynb #e21592ce
+# %% ../nbs/api/07_data.ipynb #80188454
 def _jsonl_rows(path):
     with open(path, encoding='utf-8') as f:
         for n,line in enumerate(f, 1):
@@ -135,7 +135,7 @@ def _jsonl_rows(path):
             except json.JSONDecodeError as e: raise DataError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
             except RecursionError: raise DataError(f"{path}, line {n}: not JSON that can be read (nested too deeply)") from None
 
-# %% ../nbs/api/07_data.ipynb #536ae085
+# %% ../nbs/api/07_data.ipynb #b014b6ac
 def _csv_rows(path):
     with open(path, encoding='utf-8', newline='') as f:
         rows = csv.reader(f, strict=True)
@@ -149,7 +149,7 @@ def _csv_rows(path):
                 yield f"{path}, line {rows.line_num}",dict(zip(head, r))
         except csv.Error as e: raise DataError(f"{path}, line {rows.line_num}: not CSV ({e})") from None
 
-# %% ../nbs/api/07_data.ipynb #5b0f0156
+# %% ../nbs/api/07_data.ipynb #be0680b7
 def _text_rows(path):
     start,lines = 1,[]
     with open(path, encoding='utf-8') as f:
@@ -161,7 +161,7 @@ def _text_rows(path):
                 yield f"{path}, line {start}",dict(text=''.join(lines).strip())
                 lines = []
 
-# %% ../nbs/api/07_data.ipynb #2dd35eb7
+# %% ../nbs/api/07_data.ipynb #8cf7a394
 READERS = {'.jsonl':_jsonl_rows, '.csv':_csv_rows, '.txt':_text_rows}
 
 def read_rows(
@@ -180,7 +180,7 @@ def read_rows(
         if not isinstance(r, dict): raise DataError(f"{where}: a row must be an object with fields, not {type(r).__name__}")
     return rows
 
-# %% ../nbs/api/07_data.ipynb #ca42a057
+# %% ../nbs/api/07_data.ipynb #a93cab35
 def encode_text(
     tok, text:str, max_len:int=512, row:int=0, meta:dict|None=None
 )->Sample:
@@ -190,7 +190,26 @@ def encode_text(
     if len(ids)<2: raise DataError("No token to learn from: the text is empty.")
     return Sample(ids[:max_len], ids[:max_len], row, meta or {}, max(0, len(ids)-max_len))
 
-# %% ../nbs/api/07_data.ipynb #c6f8b496
+# %% ../nbs/api/07_data.ipynb #0d90d15d
+def notebooks_folder()->Path:
+    "The folder that holds `tutorials` and `data`: the clone's nbs, or the copy inside the wheel. Raises FileNotFoundError."
+    here = Path(importlib.util.find_spec('lora_nb').origin).resolve().parent
+    for p in (here.parent/'nbs', here/'_nbs'):
+        if (p/'tutorials').is_dir(): return p
+    raise FileNotFoundError(f"No tutorials beside {here}: install lora_nb again, from a wheel or a clone")
+
+def example_data(
+    name='lora_qa.jsonl'
+)->Path:
+    "A data file that comes with the package. Raises FileNotFoundError with the names that there are."
+    folder = notebooks_folder()/'data'
+    if not (folder/name).is_file():
+        there = sorted(f.name for f in folder.iterdir())
+        near = difflib.get_close_matches(name, there, 1, .5)
+        raise FileNotFoundError(f"No {name!r} among the package's data; {f'did you mean {near[0]!r}?' if near else 'there are '+', '.join(there)}")
+    return folder/name
+
+# %% ../nbs/api/07_data.ipynb #21eaa4f6
 def split_sample(
     s:Sample,    # a text, as `encode_text` makes it
     max_len:int  # tokens in a piece, at least 3
@@ -202,7 +221,7 @@ def split_sample(
     if len(s)%max_len==1: starts[-1] -= 1
     return [replace(s, input_ids=s.input_ids[a:b], labels=s.labels[a:b]) for a,b in zip(starts, starts[1:]+[len(s)])]
 
-# %% ../nbs/api/07_data.ipynb #d9a501cc
+# %% ../nbs/api/07_data.ipynb #1ecbd14a
 def split_rows(rows, val, seed):
     "(train, held-out) parts of `rows`, which are (index, where, row). `val` is a share drawn with `seed`, or the column that says 'train' or 'val'."
     if isinstance(val, str):
@@ -216,7 +235,7 @@ def split_rows(rows, val, seed):
     held = set(order[:n])
     return [x for x in rows if x[0] not in held],[x for x in rows if x[0] in held]
 
-# %% ../nbs/api/07_data.ipynb #a96bcdc3
+# %% ../nbs/api/07_data.ipynb #90910853
 @dataclass
 class ChatData:
     "Encoded samples, ready for `Trainer`."
@@ -234,7 +253,7 @@ class ChatData:
                 + (f"; longer texts split into {self.pieces} pieces of at most {self.max_len} tokens" if self.pieces else "")
                 + (f"; {self.dropped} samples longer than {self.max_len} tokens dropped" if self.dropped else ""))
 
-# %% ../nbs/api/07_data.ipynb #90f4845a
+# %% ../nbs/api/07_data.ipynb #fdb847b7
 SHAPES = {'messages','prompt','completion','instruction','input','output','conversations','text'}
 
 def encode_row(tok, row:dict, max_len:int=512, labels:str='answers', index:int=0)->Sample:
@@ -245,7 +264,7 @@ def encode_row(tok, row:dict, max_len:int=512, labels:str='answers', index:int=0
     ms = as_messages(row)
     return encode_chat(tok, ms, max_len, labels, index, meta|dict(messages=ms))
 
-# %% ../nbs/api/07_data.ipynb #85bd078c
+# %% ../nbs/api/07_data.ipynb #bb2ef60c
 def chat_data(
     source,            # a .jsonl, .csv or .txt path, an iterable of dicts, or a `datasets.Dataset` (streaming too)
     tok,               # the model's tokenizer
@@ -273,7 +292,7 @@ def chat_data(
     if not short[0]: raise DataError(f"No sample to train on: {len(rows)} rows, of which {len(parts[1])} are held out (val) and {dropped} are longer than max_len={max_len}.")
     return ChatData(*short, tok, max_len, dropped, pieces)
 
-# %% ../nbs/api/07_data.ipynb #b50efd9d
+# %% ../nbs/api/07_data.ipynb #7b936215
 def preview(
     data:ChatData, # or any object with .train and .tok
     i:int=0        # which training sample
@@ -286,7 +305,7 @@ def preview(
         parts[-1][1].append(t)
     return ''.join(f"⟦{data.tok.decode(ts)}⟧" if on else data.tok.decode(ts) for on,ts in parts)
 
-# %% ../nbs/api/07_data.ipynb #6ee2551a
+# %% ../nbs/api/07_data.ipynb #3e4e42f7
 class Preview:
     "A training sample, displayed with what is learned from in colour; `str()` gives the text with brackets."
     def __init__(self, data, i=0): self.data,self.i = data,i
@@ -298,7 +317,7 @@ class Preview:
         body = ''.join(mark(html.escape(p[1:-1])) if p.startswith('⟦') else html.escape(p) for p in parts)
         return f'<pre style="white-space:pre-wrap" aria-label="training sample; learned tokens are marked">{body}</pre>'
 
-# %% ../nbs/api/07_data.ipynb #771f52d8
+# %% ../nbs/api/07_data.ipynb #165d469c
 def batch_order(
     lengths:list, batch_size:int, seed:int=42, epoch:int=0,
     window:int=16      # batches that are sorted together
@@ -313,7 +332,7 @@ def batch_order(
     rng.shuffle(batches)
     return batches
 
-# %% ../nbs/api/07_data.ipynb #6e644437
+# %% ../nbs/api/07_data.ipynb #92e64c86
 def collate(
     samples:list,   # of Sample
     pad_id:int=0
@@ -323,7 +342,7 @@ def collate(
     pad = lambda xs,v: xs+[v]*(n-len(xs))
     return dict(input_ids=torch.tensor([pad(s.input_ids, pad_id) for s in samples]), labels=torch.tensor([pad(s.labels, -100) for s in samples]))
 
-# %% ../nbs/api/07_data.ipynb #f18c2791
+# %% ../nbs/api/07_data.ipynb #fbadd33a
 def pack_order(
     lengths:list, max_len:int, seed:int=42, epoch:int=0
 )->list: # lists of sample indices, each list one row of at most max_len tokens
@@ -337,7 +356,7 @@ def pack_order(
     random.Random(seed*1_000_003+epoch).shuffle(rows)
     return rows
 
-# %% ../nbs/api/07_data.ipynb #f90e569a
+# %% ../nbs/api/07_data.ipynb #316f5f53
 def collate_packed(
     rows:list,     # lists of Sample, each list one row
     pad_id:int=0
@@ -350,10 +369,10 @@ def collate_packed(
                 labels=torch.tensor([join([[-100]+s.labels[1:] for s in r], [-100]*k) for r,k in zip(rows, left)]),
                 position_ids=torch.tensor([join([range(len(s)) for s in r], list(range(k))) for r,k in zip(rows, left)]))
 
-# %% ../nbs/api/07_data.ipynb #cd077c92
+# %% ../nbs/api/07_data.ipynb #7fdcac92
 def _words(text): return ' '+' '.join(re.findall(r'[^\W_]+(?:\.\d+)?', text.lower()))+' '
 
-# %% ../nbs/api/07_data.ipynb #ce29acb5
+# %% ../nbs/api/07_data.ipynb #8c1a60d6
 def right_answer(
     answer:str,  # free text
     terms:list   # key terms, each with alternatives divided by '|'

@@ -1,4 +1,7 @@
 "What the tests share: tiny random models and a task that they can learn."
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +34,11 @@ def smol():
     from lora_nb.models import load_model
     from lora_nb.quantize import NF4
     return load_model('smollm2', quant=NF4(double=True))
+
+
+@pytest.fixture(scope='session')
+def live_qlora(tmp_path_factory):
+    "The first tutorial, run to its end by the command that users have: `out` (a CompletedProcess) and the `folder` where it lies."
+    folder = tmp_path_factory.mktemp('lab')
+    subprocess.run([sys.executable, '-c', f'from lora_nb.cli import copy_tutorials; copy_tutorials({str(folder)!r})'], check=True)
+    return SimpleNamespace(folder=folder/'tutorials', out=subprocess.run([str(Path(sys.executable).with_name('lora-nb')), 'run', str(folder/'tutorials/01_live_qlora.ipynb')], capture_output=True, text=True, timeout=3600))

@@ -6,9 +6,9 @@ from torch import nn
 from conftest import counting, tiny_llama
 from lora_nb.adapter import activate, add_lora, by_row
 from lora_nb.data import Sample, collate, collate_packed
-from lora_nb.fast import fast_decoding, fast_loss, layout, streamed_loss, why_general
+from lora_nb.fast import fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
 from lora_nb.linear4bit import Linear4bit
-from lora_nb.loss import model_loss
+from lora_nb.loss import model_loss, model_scores
 from lora_nb.models import quantisable
 from lora_nb.quantize import NF4
 
@@ -62,6 +62,8 @@ def agree(model, adapter, batch, atol=1e-5, n=None):
     assert torch.allclose(v, want, atol=atol), (v, want)
     for k in wanted: assert torch.allclose(g[k], wanted[k], rtol=1e-4, atol=atol), (k, (g[k]-wanted[k]).abs().max())
     assert any(t.abs().max() > 1e-3 for t in wanted.values())
+    (loss, *counts), (want, *wanted) = fast_scores(model, batch), model_scores(model, batch)
+    assert counts == wanted and loss == pytest.approx(want, rel=1e-4, abs=atol)
 
 @pytest.mark.parametrize('packed', [True, False], ids=['nf4', 'dense'])
 @pytest.mark.parametrize('family', FAST)

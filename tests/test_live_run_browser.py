@@ -199,6 +199,9 @@ def test_hostile_text_runs_nothing(lab):
 def test_the_tutorial(lab):
     "The first tutorial on the real model: Run All, watch, pause, resume, stop."
     for part in ('tutorials', 'data'): shutil.copytree(ROOT/'nbs'/part, lab.folder/part, dirs_exist_ok=True)
+    path = lab.folder/'tutorials/01_live_qlora.ipynb'
+    assert path.read_text().count('score(data.val)')==2
+    path.write_text(path.read_text().replace('score(data.val)', 'score(data.val[:8])', 1))    # what the base answers is not looked at here
     lab.open('tutorials/01_live_qlora.ipynb').run_all()
     live = LivePage(lab).appear(900)
     a = len(until(lambda: live.points()))

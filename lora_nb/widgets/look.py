@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text', 'seconds_text', 'seconds_unit', 'thin',
            'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'parts', 'Watcher',
-           'answer_while_busy', 'still_lines', 'still_table']
+           'answer_while_busy', 'stale_imports', 'ready_notebook', 'still_lines', 'still_table']
 
-# %% ../../nbs/api/12_widgets_look.ipynb #8cd83a3b
-import html, time
+# %% ../../nbs/api/12_widgets_look.ipynb #c9701b30
+import html, sys, time
 import anywidget, ipywidgets as widgets, numpy as np, plotly.graph_objects as go
 from copy import deepcopy
+from importlib.metadata import PackageNotFoundError, version
 from plotly.basewidget import BaseFigureWidget
 from traitlets import Unicode, default
 
-# %% ../../nbs/api/12_widgets_look.ipynb #4f806dab
+# %% ../../nbs/api/12_widgets_look.ipynb #90fec42f
 COLOUR = dict(base='#808080', adapter='#1f83c4', heldout='#d55e00', A='#b2639a', B='#b87a00', quantised='#009373',
               gradients='#8a6fd1', optimizer='#a5713d', rest='#6f8494')
 
 DIVERGING = [[0,'rgb(5,90,160)'], [.25,'rgba(50,140,200,.75)'], [.5,'rgba(128,128,128,.06)'], [.75,'rgba(225,125,30,.75)'], [1,'rgb(190,70,0)']]
 
-# %% ../../nbs/api/12_widgets_look.ipynb #da496892
+# %% ../../nbs/api/12_widgets_look.ipynb #f9aefe09
 _hidden = {c: f'\\u{c:04x}' for c in [*range(0x80,0xa0), 0x61c, 0x200b, 0x200e, 0x200f, *range(0x202a,0x202f), *range(0x2066,0x206a), 0xfeff]}
 _hidden |= {c: f'\\x{c:02x}' for c in [*range(32), 127] if chr(c) not in '\n\t'}
 
@@ -33,7 +34,7 @@ def as_text(
     more = f'\u2026 ({len(s)-limit:,} more characters)' if len(s)>limit else ''
     return html.escape(s[:limit].translate(_hidden)) + more
 
-# %% ../../nbs/api/12_widgets_look.ipynb #8a0ebf92
+# %% ../../nbs/api/12_widgets_look.ipynb #0727ab8a
 def bytes_unit(
     most:float # the greatest number of bytes to show
 )->tuple:      # (divisor, unit's name)
@@ -60,7 +61,7 @@ def seconds_unit(
     "The unit for a time axis that reaches `most` seconds."
     return (1,'s') if most<180 else (60,'min') if most<3*3600 else (3600,'h')
 
-# %% ../../nbs/api/12_widgets_look.ipynb #f792576f
+# %% ../../nbs/api/12_widgets_look.ipynb #f5ec5ddc
 def thin(
     y,           # (n,) values
     keep:int=1500 # points that are left, at most
@@ -85,7 +86,7 @@ def shrink(
         M = np.where(hi>=-lo, hi, lo)
     return M
 
-# %% ../../nbs/api/12_widgets_look.ipynb #e67b888b
+# %% ../../nbs/api/12_widgets_look.ipynb #0b0e4c26
 STYLE = '''<style>
 .lnb {color: var(--jp-ui-font-color1, var(--colab-primary-text-color, #24292f)); font-family: var(--jp-ui-font-family, system-ui, sans-serif); font-size: 13px; overflow: hidden}
 .lnb .widget-html-content, .lnb .jupyter-widgets.widget-html-content {line-height: 1.45; color: inherit; white-space: normal}
@@ -112,7 +113,7 @@ def style_sheet()->widgets.HTML:
     "The style sheet as a widget: the first child of every widget of this package, whose box has the class `lnb`."
     return widgets.HTML(STYLE, layout=widgets.Layout(display='none'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #0c71c7f8
+# %% ../../nbs/api/12_widgets_look.ipynb #dfc87c1e
 class Library(anywidget.AnyWidget):
     "Plotly's widget program, sent to the page once and used by every `Picture` there."
     _esm = 'export default {render() {}}'
@@ -217,7 +218,7 @@ def grid(*panels)->widgets.GridBox:
     "Panels side by side, as many in a row as the page has room for."
     return widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, 400px), 1fr))', grid_gap='8px', width='100%'))
 
-# %% ../../nbs/api/12_widgets_look.ipynb #1afa5f83
+# %% ../../nbs/api/12_widgets_look.ipynb #40a87487
 def parts(
     widget # any widget
 )->list:   # the widgets in it, at any depth: children, layouts, styles
@@ -228,7 +229,7 @@ def parts(
             if isinstance(w, widgets.Widget): inside += [w, *parts(w)]
     return inside
 
-# %% ../../nbs/api/12_widgets_look.ipynb #e960d8f1
+# %% ../../nbs/api/12_widgets_look.ipynb #196600e6
 class Watcher(anywidget.AnyWidget):
     "Tells whether a page shows the box that it is in: `seen()`."
     _esm = """
@@ -277,13 +278,36 @@ export default {
         "Is the widget in view on some page?"
         return self.last is None or time.monotonic()-self.last<within
 
-# %% ../../nbs/api/12_widgets_look.ipynb #ad8a9028
+# %% ../../nbs/api/12_widgets_look.ipynb #adfda646
 def answer_while_busy(*controls):
     "Let the page's messages for these widgets take the second thread that JupyterLab asks for, even while a cell runs."
     for control in controls:
         if hasattr(control.comm, '_reply_subshell_for'): control.comm._reply_subshell_for = lambda data, asked: asked
 
-# %% ../../nbs/api/12_widgets_look.ipynb #19ac69b0
+# %% ../../nbs/api/12_widgets_look.ipynb #4fb8e3ff
+def stale_imports(
+    names=('ipywidgets','plotly','anywidget','numpy','pandas','torch','transformers','accelerate')
+)->dict:  # name → (version in this kernel, version on the disk), where they differ
+    "Packages that were upgraded after this kernel had imported them."
+    bare = lambda v: str(v).partition('+')[0]
+    here = {n:sys.modules[n].__version__ for n in names if hasattr(sys.modules.get(n), '__version__')}
+    disk = {}
+    for n in here:
+        try: disk[n] = version(n)
+        except PackageNotFoundError: pass      # imported from a folder: nothing to compare with
+    return {n:(here[n], disk[n]) for n in disk if bare(here[n])!=bare(disk[n])}
+
+def ready_notebook():
+    "Switch on what widgets need on Colab. ImportError where ipywidgets is too old for them, RuntimeError where the kernel must be restarted first."
+    if old := stale_imports():
+        raise RuntimeError('Restart the kernel (on Colab: Runtime → Restart session), then run the cells again: ' + ', '.join(f'{n} {a} is loaded and {b} is installed' for n,(a,b) in old.items()))
+    if int(widgets.__version__.split('.')[0])<8:
+        raise ImportError(f'ipywidgets {widgets.__version__} is too old for these widgets: pip install "ipywidgets>=8.1", then restart the kernel')
+    if 'google.colab' in sys.modules:
+        from google.colab import output
+        output.enable_custom_widget_manager()
+
+# %% ../../nbs/api/12_widgets_look.ipynb #8806eb63
 def still_lines(
     curves:dict,          # name → (x, y, colour)
     x='', y='',           # axis titles
