@@ -1,4 +1,4 @@
-"""Kills a training process at random moments, some of them inside a save, and resumes each run to its end. `python tests/kills.py FOLDER N` prints JSON.
+"""Kills a training process at random moments, some of them inside a save, and resumes each run to its end. `python tests/kills.py FOLDER N SEED` prints JSON.
 
 It is a process of its own, which never computes: its children are forked from it with everything imported, so that a run takes a second."""
 import json
@@ -57,8 +57,9 @@ def kill(out, inside, rng):
     return bool(half_written(out))
 
 
-def main(folder, n, seed=0):
+def main(folder, n, seed):
     rng, folder, seen = random.Random(seed), Path(folder), []
+    folder.mkdir()
     os.waitpid(child(folder/'whole'), 0)
     whole = losses(folder/'whole')
     while len(seen) < n:
@@ -73,4 +74,4 @@ def main(folder, n, seed=0):
     print(json.dumps(dict(steps=len(whole), kills=seen)))
 
 
-if __name__=='__main__': main(sys.argv[1], int(sys.argv[2]))
+if __name__=='__main__': main(sys.argv[1], *map(int, sys.argv[2:]))
