@@ -52,3 +52,27 @@ def test_the_conclusion_on_the_table_is_what_the_outputs_show(own):
     wrong = source(own, 'pd.set_option').outputs[0].data['text/plain']
     for words in ('people slip and fall', 'has lost its connection', 'I have lost my key', 'cellar door'): assert words in wrong
     assert r['rows'] == 84 and r['peak_memory'] < 2e9
+
+
+def test_the_conclusion_on_prose_is_what_the_outputs_show(prose):
+    r, said = result(prose), printed(prose)
+    assert round(r['base'], 1) == 17.2 and round(r['adapter'], 1) == 10.6 and r['better'] == len(r['held_out']) == 9      # "from 17.2 to 10.6", "each of the nine"
+    assert round(r['base_seen'], 1) == 22.2 and round(r['adapter_seen'], 1) == 10.3                                       # "from 22.2 to 10.3"
+    assert round(r['words'], 2) == .41 and round(r['chat_base'], 2) == .94 and round(r['chat_adapter'], 2) == 1.29        # "41 %", "1.29 ... in place of 0.94"
+    assert re.search(r'words and numbers</th>\s*<td[^>]*>60%', said)                                                      # "60 % of the tokens"
+    answers = source(prose, 'answers = ask').outputs[0].data['text/html']
+    assert 'The capital of France is Paris.' in answers and 'Bloating' in answers
+    assert r['peak_memory'] < 2.2*2**30
+
+
+def test_no_chapter_that_is_held_out_stands_in_another(prose):
+    from pydoc_data.topics import topics
+    def phrases(text, n=12):
+        words = text.split()
+        return {tuple(words[i:i+n]) for i in range(len(words)-n+1)}
+    of = {name: phrases(text) for name, text in topics.items()}
+    for name in result(prose)['held_out']: assert not any(of[name] & those for other, those in of.items() if other != name), name
+
+
+def test_they_are_light():
+    for name in ('04_your_own_data', '05_prose'): assert (TUTORIALS/f'{name}.ipynb').stat().st_size < 150_000
