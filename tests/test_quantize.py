@@ -1,11 +1,11 @@
 "Byte parity with bitsandbytes on the CPU, in both directions, over random shapes, dtypes, blocksizes and scales; the edges; the errors."
-import json, threading
+import copy, json, sys, threading
 import bitsandbytes as bnb, bitsandbytes.functional as bnbF
-import pytest, torch
+import psutil, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from lora_nb import quantize as Q
 from lora_nb.codebook import Codebook, fit_codebook, fp4, gaussian_error, int4, nf4
-from lora_nb.quantize import BLOCKSIZES, FP4, INT4, NF4, QuantConfig, QuantizedTensor, dynamic_map, quantize
+from lora_nb.quantize import BLOCKSIZES, FP4, INT4, NF4, QuantConfig, QuantizedTensor, dynamic_map, own_pages, quantize
 
 TYPES = {"nf4": NF4, "fp4": FP4}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -259,3 +259,26 @@ def test_threads_of_its_own(monkeypatch):
         with torch.inference_mode(): inside = quantize(w, NF4(double=True)); back = inside.dequantize()
     finally: torch.set_num_threads(n)
     assert back.is_inference() and torch.equal(back, quantize(w, NF4(double=True)).dequantize())
+
+
+# Where tensors lie
+
+@pytest.mark.parametrize('shape, dtype', [((), torch.float32), ((0, 7), torch.bfloat16), (5, torch.uint8), (2**17, torch.uint8), ((300, 1001), torch.float16), ((513, 512), torch.float32)])
+def test_own_pages_are_a_tensor_like_any(shape, dtype):
+    t, u = own_pages(shape, dtype).fill_(1), own_pages(shape, dtype).fill_(2)
+    assert t.shape == torch.empty(shape).shape and t.dtype == dtype and t.is_contiguous() and (t == 1).all() and (u == 2).all()
+    assert torch.equal(t.clone(), t) and torch.equal(copy.deepcopy(t), t)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='pages of their own are for Linux')
+def test_what_stays_leaves_no_holes():
+    "Large tensors that go, each followed by a smaller one that stays: the process grows by those that stay."
+    rss, stay = lambda: psutil.Process().memory_info().rss, []
+    for i in range(3): own_pages(2**22, torch.float32).fill_(i)
+    before = rss()
+    for i in range(100):
+        own_pages(2**20+2**14*i, torch.float32).fill_(i)       # 4 MB and more, gone at once
+        stay.append(own_pages(2**20, torch.uint8).fill_(i))    # 1 MB
+    assert rss()-before < 1.1*100*2**20
+    del stay
+    assert rss()-before < 2**23
