@@ -6,7 +6,7 @@ SmolLM2-135M, NF4, r=16 on all linear layers, the chat data in batches of 8. Rou
 from its first step to its last over the unwatched one's. Beside the mean over the steps stand the widget's drawings in a second.
 There is no browser here: its work is done by another process, which shares this machine's cores with the run.
 """
-import argparse, json, statistics, sys
+import argparse, json, statistics
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -17,7 +17,7 @@ SETUP = """
 from lora_nb.all import *
 import torch
 model, tok = load_model("smollm2", quant=NF4(double=True))
-data = chat_data("nbs/data/lora_qa.jsonl", tok, max_len=256, val="split")
+data = chat_data(example_data(), tok, max_len=256, val="split")
 data.val = data.val[:8]
 add_lora(model, r=16, alpha=32)
 rounds = []

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'compute_dtype', 'Same', 'Norm', 'Gate', 'Group', 'project', 'Layout', 'layout', 'Rotary', 'Heads',
            'streamed_loss', 'General', 'Block', 'why_general', 'fast_loss', 'fast_scores', 'fast_decoding']
 
-# %% ../nbs/api/08b_fast.ipynb #9babe16c
+# %% ../nbs/api/08b_fast.ipynb #348eed07
 import ctypes, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .loss import has_plain_head, hidden_scores, model_loss, model_scores
 from .models import default_dtype
 from .quantize import _kernel
 
-# %% ../nbs/api/08b_fast.ipynb #34ab4495
+# %% ../nbs/api/08b_fast.ipynb #2a86e7b8
 @cache
 def _cpu_has_bf16(): return default_dtype('cpu') is torch.bfloat16
 
@@ -32,7 +32,7 @@ def compute_dtype(
     if x.device.type!='cpu' or x.dtype.itemsize>2: return x.dtype
     return x.dtype if x.dtype is torch.bfloat16 and _cpu_has_bf16() else torch.float32
 
-# %% ../nbs/api/08b_fast.ipynb #78191300
+# %% ../nbs/api/08b_fast.ipynb #c47b620d
 class Same:
     "Nothing before the product."
     def make(self, x): return x.to(compute_dtype(x))
@@ -58,7 +58,7 @@ class Norm:
         dot = torch.linalg.vecdot(g, x).unsqueeze_(-1)
         return g.mul_(r).addcmul_(x, dot.mul_(r**3).div_(x.shape[-1]), value=-1)
 
-# %% ../nbs/api/08b_fast.ipynb #0f8b886b
+# %% ../nbs/api/08b_fast.ipynb #1d921dde
 _GATES = {'silu': (F.silu, torch.ops.aten.silu_backward),
           'gelu_pytorch_tanh': (partial(F.gelu, approximate='tanh'), partial(torch.ops.aten.gelu_backward, approximate='tanh'))}
 
@@ -79,7 +79,7 @@ class Gate:
         out[..., :gate.shape[-1]] = slope(g*up, gate)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #ce72aa23
+# %% ../nbs/api/08b_fast.ipynb #8b94159e
 _MERGE = 192 # tokens from which on adding s·B·A to the buffer is cheaper than two thin products
 
 class Group:
@@ -152,7 +152,7 @@ class Group:
             found[i] = gA[rows].to(self.AB[i].dtype)
             found[i+1] = (U[:, rows].T@g[:, cut]).mul_(s).T.to(self.AB[i+1].dtype)
 
-# %% ../nbs/api/08b_fast.ipynb #093e992b
+# %% ../nbs/api/08b_fast.ipynb #67a02d72
 class _Project(torch.autograd.Function):
     "residual + group(before(x)). Saves x, or nothing where `again()` gives x anew."
     @staticmethod
@@ -178,7 +178,7 @@ def project(x, layers, before=Same(), residual=None, again=None):
     group = layers if isinstance(layers, Group) else Group(layers)
     return _Project.apply(x, residual, group, before, again, *group.AB)
 
-# %% ../nbs/api/08b_fast.ipynb #61ce36df
+# %% ../nbs/api/08b_fast.ipynb #4b483d7f
 @dataclass
 class Layout:
     "A batch as one row of T tokens: `shared` tokens that begin every sample, then the samples' own, one after another."
@@ -234,7 +234,7 @@ def layout(
     device = batch['input_ids'].device
     return Layout(P, [b-a for _,a,b in own], *(t.to(device) for t in (at, place, keep, labels.flatten()[at[keep]+1])))
 
-# %% ../nbs/api/08b_fast.ipynb #de7cb364
+# %% ../nbs/api/08b_fast.ipynb #1de4e962
 class Rotary:
     "Rotation of the two halves of each head by the token's angles: `cos`, `sin (T, D)` as transformers gives them."
     def __init__(self, cos, sin):
@@ -250,7 +250,7 @@ class Rotary:
         torch.mul(b, self.cos, out=d).addcmul_(a, self.sin, value=-sign)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #1b6af532
+# %% ../nbs/api/08b_fast.ipynb #1092e2ce
 def _causal(rows, shared, device):
     "(rows, shared+rows) bool: what a sample's own tokens see, the shared start and themselves up to here."
     return torch.ones(rows, shared+rows, dtype=torch.bool, device=device).tril_(shared)
@@ -288,7 +288,7 @@ class _Rows:
         t = t.transpose(1, 2).reshape(self.n*self.L, t.shape[1], t.shape[3])
         return t if self.even else t[self.valid]
 
-# %% ../nbs/api/08b_fast.ipynb #439cfe21
+# %% ../nbs/api/08b_fast.ipynb #b199b881
 def _attention(q, k, v, mask, scale):
     "(output, what its backward pass wants). q (n, H, L, D), k and v with as many heads or a divisor of them."
     rep = q.shape[1]//k.shape[1]
@@ -312,7 +312,7 @@ def _attention_back(g, q, k, v, out, lse, mask, scale):
         y = F.scaled_dot_product_attention(q, kk, vv, mask, is_causal=mask is None, scale=scale)
         return torch.autograd.grad(y, (q, k, v), g)
 
-# %% ../nbs/api/08b_fast.ipynb #2c89418e
+# %% ../nbs/api/08b_fast.ipynb #8b7bb286
 @dataclass
 class Heads:
     "What one layer's attention needs to know."
@@ -378,7 +378,7 @@ class _Attend(torch.autograd.Function):
         if ctx.again: qkv = ctx.again()
         return ctx.heads.backward(qkv, g, kept).to(ctx.kind),None,None
 
-# %% ../nbs/api/08b_fast.ipynb #339e2dc3
+# %% ../nbs/api/08b_fast.ipynb #14ec88c0
 _CACHE = 2**20 # logits to a block: 4 MB in fp32
 
 class _StreamedCE(torch.autograd.Function):
@@ -422,7 +422,7 @@ def streamed_loss(
     rows = max(1, min(len(h), 1024))
     return _StreamedCE.apply(h, weight, targets, rows, max(256, _CACHE//rows))
 
-# %% ../nbs/api/08b_fast.ipynb #25be65c6
+# %% ../nbs/api/08b_fast.ipynb #fc6a923b
 FAMILIES = dict(llama='Llama', mistral='Mistral', qwen2='Qwen2', qwen3='Qwen3', gemma='Gemma', gemma3_text='Gemma3')
 
 class General(Exception): "Why a batch takes the general path."
@@ -463,7 +463,7 @@ def _norm(m, family):
     _need(not m.weight.requires_grad, 'a norm that is trained')
     return Norm(m.weight, m.variance_epsilon if hasattr(m, 'variance_epsilon') else m.eps, family.startswith('Gemma'))
 
-# %% ../nbs/api/08b_fast.ipynb #e4125fe3
+# %% ../nbs/api/08b_fast.ipynb #c5705927
 @dataclass
 class Block:
     "One decoder layer, as the fast path sees it."
@@ -521,7 +521,7 @@ def _plan(model, batch):
     _need(narrow is None or lay.longest<=narrow, f'a sample of {lay.longest} tokens, wider than the window of {narrow}' if narrow and lay else '')
     return blocks,norm,lay
 
-# %% ../nbs/api/08b_fast.ipynb #c227f6f4
+# %% ../nbs/api/08b_fast.ipynb #beb777bf
 def _hidden(model, ids, blocks, lay):
     "Hidden states (kept tokens, d) before the last norm."
     base = model.base_model
@@ -561,31 +561,34 @@ def _join(h, x, group, before, after, again=None):
     if not after: return project(x, group, before, h, again)
     return h+_NormAlone.apply(project(x, group, before, None, again), after[0])
 
-# %% ../nbs/api/08b_fast.ipynb #95731745
+# %% ../nbs/api/08b_fast.ipynb #c165be89
+def _states(model, batch):
+    "The states that predict the labelled tokens, and those tokens. Raises General."
+    blocks,norm,lay = _plan(model, batch)
+    return _NormAlone.apply(_hidden(model, batch['input_ids'].flatten()[lay.at][None], blocks, lay), norm),lay.targets
+
 def fast_loss(
     model,           # a transformers causal LM
     batch:dict,      # input_ids, labels (batch, seq), perhaps position_ids, as `collate` and `collate_packed` make them
     n:int|None=None  # what the summed loss is divided by; None: the number of labelled tokens
 )->Tensor:           # () fp32
     "`model_loss`, faster and with less memory where `why_general(model, batch)` is None; elsewhere `model_loss` itself."
-    try: blocks,norm,lay = _plan(model, batch)
+    try: h,t = _states(model, batch)
     except General: return model_loss(model, batch, n)
-    h = _hidden(model, batch['input_ids'].flatten()[lay.at][None], blocks, lay)
-    return streamed_loss(_NormAlone.apply(h, norm), model.get_output_embeddings().weight, lay.targets)/(n or len(lay.targets))
+    return streamed_loss(h, model.get_output_embeddings().weight, t)/(n or len(t))
 
-# %% ../nbs/api/08b_fast.ipynb #90ef282d
+# %% ../nbs/api/08b_fast.ipynb #d40ba628
 @torch.no_grad()
 def fast_scores(
     model,      # a transformers causal LM
     batch:dict  # as for `fast_loss`
 )->tuple:       # (summed loss, learned tokens that the model ranks first, learned tokens)
     "`model_scores`, faster where `why_general(model, batch)` is None; elsewhere `model_scores` itself."
-    try: blocks,norm,lay = _plan(model, batch)
+    try: h,t = _states(model, batch)
     except General: return model_scores(model, batch)
-    h = _hidden(model, batch['input_ids'].flatten()[lay.at][None], blocks, lay)
-    return hidden_scores(_NormAlone.apply(h, norm), model.get_output_embeddings().weight, lay.targets)
+    return hidden_scores(h, model.get_output_embeddings().weight, t)
 
-# %% ../nbs/api/08b_fast.ipynb #e2a3b412
+# %% ../nbs/api/08b_fast.ipynb #6d618868
 class _Decoder:
     "A `Group` of 4-bit layers prepared for few rows, without a graph. Its buffer is not for two threads at once."
     def __init__(self, group, dtype, buffer):
@@ -613,7 +616,7 @@ def _prepared(q, scales, out, dtype):
     numbers = (q.blocksize, q.numel()//q.blocksize, q.blocksize)
     return _kernel(q.codebook, dtype),(*(ctypes.c_void_p(t.data_ptr()) for t in (q.packed, scales, out)), *map(ctypes.c_longlong, numbers))
 
-# %% ../nbs/api/08b_fast.ipynb #f36c25f1
+# %% ../nbs/api/08b_fast.ipynb #38eb6666
 class _Shared:
     "The `forward` of each layer of a group: the first that sees an input computes all of them, the others find their part."
     def __init__(self, layers, decoder, dtype):

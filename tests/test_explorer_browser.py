@@ -7,29 +7,15 @@ from browser import CHROMIUM, Lab, chromium, jupyterlab, notebook, until
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: python tests/install_browser.py')
 CELLS = [f"""import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]
-import copy, torch
-from conftest import tiny_llama
-from lora_nb.adapter import add_lora
-from lora_nb.data import Sample
-from lora_nb.linear4bit import Linear4bit
-from lora_nb.merge import merge_report
-from lora_nb.models import quantisable
+import torch
+from merge_tiny import model, samples, tiny_report
 from lora_nb.quantize import NF4, FP4, INT4, quantize
 from lora_nb.sensitivity import mean_loss
 from lora_nb.widgets.merge_report import MergeReport
-from lora_nb.widgets.quant_explorer import QuantExplorer, facts, level_frame, rounding, zoom_frame
-torch.set_num_threads(1)
-model = tiny_llama()
-g = torch.Generator().manual_seed(1)
-samples = [Sample(x, x, i) for i,x in enumerate(torch.randint(0, 40, (8, 12), generator=g).tolist())]""",
+from lora_nb.widgets.quant_explorer import QuantExplorer, facts
+torch.set_num_threads(1)""",
          "explorer = QuantExplorer(model, samples, layer='model.layers.0.mlp.up_proj', a=NF4(double=True), b=FP4(blocksize=128))\nexplorer",
-         """packed = copy.deepcopy(model)
-for path,layer in quantisable(packed).items(): packed.set_submodule(path, Linear4bit.from_linear(layer, NF4()))
-adapter = add_lora(packed, r=4, alpha=8)
-with torch.no_grad():
-    for layer in adapter.layers.values(): layer.B['default'].normal_(0, .05)
-report = merge_report(packed, adapter, samples)
-MergeReport(report)""",
+         "report = tiny_report()\nMergeReport(report)",
          "0"]
 
 

@@ -10,33 +10,20 @@ from nbconvert import HTMLExporter
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = dict(
     setup=f"""import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]
-import copy, json, torch
-from conftest import tiny_llama
+import json
 from live_tiny import tiny_run
-from lora_nb.adapter import add_lora
-from lora_nb.data import Sample
-from lora_nb.linear4bit import Linear4bit
-from lora_nb.merge import merge_report
-from lora_nb.models import quantisable
+from merge_tiny import model, samples, tiny_report
 from lora_nb.quantize import NF4, FP4
-from lora_nb.widgets.adapter_inspector import AdapterInspector, norm_frame
+from lora_nb.widgets.adapter_inspector import AdapterInspector
 from lora_nb.widgets.live_run import LiveRun
 from lora_nb.widgets.merge_report import MergeReport
 from lora_nb.widgets.quant_explorer import QuantExplorer
 from lora_nb.widgets.rank_spectrum import RankSpectrum
-model = tiny_llama()
-samples = [Sample(x, x, i) for i,x in enumerate(torch.randint(0, 40, (8, 12)).tolist())]
 run = tiny_run('run').wait(progress=False)""",
     explorer="explorer = QuantExplorer(model, samples, a=NF4(double=True), b=FP4(blocksize=128))\nexplorer.measure('A')\nexplorer",
     inspector="inspector = AdapterInspector(run.adapter)\ninspector",
     spectrum="spectrum = RankSpectrum(run.adapter)\nspectrum",
-    report="""packed = copy.deepcopy(model)
-for path,layer in quantisable(packed).items(): packed.set_submodule(path, Linear4bit.from_linear(layer, NF4()))
-adapter = add_lora(packed, r=4, alpha=8)
-with torch.no_grad():
-    for layer in adapter.layers.values(): layer.B['default'].normal_(0, .05)
-report = merge_report(packed, adapter, samples)
-MergeReport(report)""",
+    report="report = tiny_report()\nMergeReport(report)",
     past="LiveRun('run')",
     told="""f, n = explorer.data('facts'), inspector.norms('left').loc[inspector.layer]
 print(json.dumps(dict(

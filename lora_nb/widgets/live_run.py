@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'OTHERS', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rates_frame', 'smooth', 'time_left',
-           'matrices', 'spectrum_frame', 'memory_now', 'memory_frame', 'sample_frame', 'loss_picture', 'fill_loss',
-           'fill_others', 'rates_picture', 'fill_rates', 'spectrum_picture', 'nearest', 'fill_spectrum',
+           'matrices', 'spectrum_frame', 'memory_now', 'memory_frame', 'sample_frame', 'other_colours', 'loss_picture',
+           'fill_loss', 'fill_others', 'rates_picture', 'fill_rates', 'spectrum_picture', 'nearest', 'fill_spectrum',
            'matrices_picture', 'fill_matrices', 'memory_picture', 'fill_memory', 'memory_legend', 'samples_html',
            'asker', 'status_text', 'trouble_text', 'run_names', 'still_html', 'LiveRun']
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #efec0405
+# %% ../../nbs/api/12_widgets_live_run.ipynb #ffbb32e4
 import asyncio, difflib, threading, time
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
@@ -22,7 +22,7 @@ from .adapter_inspector import Factors
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, parts, picture,
                                   seconds_text, seconds_unit, shrink, still_lines, still_table, style_sheet, thin)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #ecea6579
+# %% ../../nbs/api/12_widgets_live_run.ipynb #7c7c007a
 def of_kind(events, kind:str)->list:
     "The events of one kind, in the order in which they came."
     return [e for e in list(events) if e['kind']==kind]
@@ -40,7 +40,7 @@ def rates_frame(events)->pd.DataFrame:
     cols = ('lr','tokens_per_s','grad_norm')
     return pd.DataFrame({c:[e.get(c, float('nan')) for e in steps] for c in cols}, index=pd.Index([e['step'] for e in steps], name='step'), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #79e25d63
+# %% ../../nbs/api/12_widgets_live_run.ipynb #6a4d5c0d
 def smooth(
     y,              # (n,) values
     weight:float=.9 # of the past
@@ -61,7 +61,7 @@ def time_left(
     if len(steps)<2: return None
     return float(np.median(np.diff([e['time'] for e in steps])))*max(0, total_steps-steps[-1]['step'])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #52442b81
+# %% ../../nbs/api/12_widgets_live_run.ipynb #d4009f9d
 def matrices(
     adapter,   # an Adapter, or `Factors` of a folder
     layer:str  # a key of `adapter.layers`
@@ -89,7 +89,7 @@ def spectrum_frame(
     width = max((len(e['s']) for e in seen), default=0)
     return pd.DataFrame([e['s'] for e in seen], index=pd.Index([e['step'] for e in seen], name='step'), columns=range(1, width+1), dtype=float)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #95dedb3e
+# %% ../../nbs/api/12_widgets_live_run.ipynb #d049bee2
 MEMORY = {'base weights':'base', 'adapter':'adapter', 'gradients':'gradients', 'optimizer':'optimizer', 'activations and rest':'rest'}
 
 def memory_now(run)->dict:
@@ -108,14 +108,18 @@ def sample_frame(events)->pd.DataFrame:
     cols = ['step','question','base','adapter']
     return pd.DataFrame([{c:e.get(c, '') for c in cols} for e in newest.values()], columns=cols)
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #95b7975f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #9b8ad256
 OTHERS = 'quantised','A','gradients','optimizer'  # colours of the runs that lie beside the watched one
+
+def other_colours(names)->dict: # name → colour
+    "A colour for each run beside the watched one."
+    return {name:COLOUR[OTHERS[i%len(OTHERS)]] for i,name in enumerate(names)}
 
 def loss_picture(
     others=()  # names of other runs
 ):
     line = partial(go.Scatter, x=[], y=[], mode='lines')
-    beside = [line(name=f'{name}, {what}', line=dict(color=COLOUR[OTHERS[i%len(OTHERS)]], width=1.5, dash=dash)) for i,name in enumerate(others) for what,dash in (('training','dot'), ('held-out','solid'))]
+    beside = [line(name=f'{name}, {what}', line=dict(color=colour, width=1.5, dash=dash)) for name,colour in other_colours(others).items() for what,dash in (('training','dot'), ('held-out','solid'))]
     return picture([line(name='training, each step', line=dict(color=COLOUR['adapter'], width=1), opacity=.45, hoverinfo='skip'),
                     line(name='training, running mean', line=dict(color=COLOUR['adapter'], width=2)),
                     line(name='held-out', mode='lines+markers', line=dict(color=COLOUR['heldout'], width=2)), *beside], 'step', 'loss (nats per token)')
@@ -156,7 +160,7 @@ def fill_rates(fig, events):
         trace.x,trace.y = np.array([e['step'] for e in steps], dtype=float)[keep],y[keep]
     return f"{steps[-1]['lr']:.2e} · {np.median([e['tokens_per_s'] for e in steps[-10:]]):,.0f} tokens/s" if steps else ''
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #8978c208
+# %% ../../nbs/api/12_widgets_live_run.ipynb #6f92cd66
 def spectrum_picture():
     return picture([go.Bar(name='now', x=[], y=[], marker_color=COLOUR['adapter']),
                     go.Scatter(name='at half the steps', x=[], y=[], mode='markers', marker=dict(color=COLOUR['heldout'], symbol='line-ew-open', size=12, line_width=2))],
@@ -197,7 +201,7 @@ def fill_matrices(fig, seen):
         trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(int), y=np.arange(1, len(z)+1))
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #567f0095
+# %% ../../nbs/api/12_widgets_live_run.ipynb #b6db4b5f
 def memory_picture():
     return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=COLOUR[c]+'c0') for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
 
@@ -227,7 +231,7 @@ def samples_html(events)->str:
     return '<div class="lnb-scroll" tabindex="0">' + ''.join(f"<div class='lnb-question'>{as_text(r.question)}</div>{answer('Base', 'base', r.base)}{answer(f'With the adapter, step {r.step}', 'adapter', r.adapter)}"
                                                 for r in frame.itertuples()) + '</div>'
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #4d0e9f2f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #27463dcb
 def asker(
     questions, # what to ask, again and again
     ask        # ask(model, tok, question) -> answer
@@ -243,7 +247,7 @@ def asker(
         return dict(kind='sample', question=question, base=base[question], adapter=ask(run.model, run.data.tok, question))
     return probe
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #94aec64f
+# %% ../../nbs/api/12_widgets_live_run.ipynb #978bab55
 STATES = dict(running='adapter', paused='B', stopped='base', finished='quantised', failed='heldout')  # the colour of the dot beside the word
 LIVE = 'running','paused'
 
@@ -282,9 +286,9 @@ def still_html(
     events = list(run.events)
     loss = loss_frame(events)
     curves = {n:(part.index, part, COLOUR[c]) for n,part,c in (('training',loss.training.dropna(),'adapter'), ('held-out',loss.held_out.dropna(),'heldout')) if len(part)}
-    for i,(name,other) in enumerate((others or {}).items()):
-        held_out = loss_frame(other.events).held_out.dropna()
-        curves[f'{name}, held-out'] = held_out.index,held_out,COLOUR[OTHERS[i%len(OTHERS)]]
+    for name,colour in other_colours(others or ()).items():
+        held_out = loss_frame(others[name].events).held_out.dropna()
+        curves[f'{name}, held-out'] = held_out.index,held_out,colour
     held_now = of_kind(events, 'memory')[-1:]
     rows = [dict(memory=k, now=bytes_text(v)) for e in held_now for k,v in e['bytes'].items()]
     samples = sample_frame(events).to_dict('records')
@@ -292,7 +296,7 @@ def still_html(
     return ''.join([f'<p><b>{as_text(run.state)}</b> {as_text(status_text(run, events))}</p>', f'<pre>{as_text(trouble)}</pre>' if trouble else '',
                     still_lines(curves, 'step', 'loss (nats per token)'), still_table(rows), still_table(samples)])
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #cbfad643
+# %% ../../nbs/api/12_widgets_live_run.ipynb #85230608
 LEGENDS = dict(loss={'training, each step':COLOUR['adapter']+'73', 'training, running mean':COLOUR['adapter'], 'held-out':COLOUR['heldout']},
                spectrum={'now':COLOUR['adapter'], 'at half the steps':COLOUR['heldout']})
 
@@ -311,7 +315,7 @@ class LiveRun(widgets.VBox):
         run,*others = [PastRun(r) if isinstance(r, (str, Path)) else r for r in (run, *beside)]
         names = run_names([run, *others])
         self.run,self.name,self.others = run,next(iter(names)),{n:r for n,r in names.items() if r is not run}
-        self.every,self.questions,self.ask_every = every,list(questions),ask_every
+        self.every,self.questions,self.ask_every,self._others_read = every,list(questions),ask_every,None
         self._lock,self._read,self._events,self._seen,self._cancels = threading.RLock(),0,{},None,[]
         self._due,self._next,self._shown,self._closed,self._ended = False,0.,None,True,False
         try: self._loop = asyncio.get_running_loop()
@@ -328,7 +332,7 @@ class LiveRun(widgets.VBox):
         self._closed = False
         self.refresh()
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #bc2583b7
+# %% ../../nbs/api/12_widgets_live_run.ipynb #5dbbab16
 def _build(self:LiveRun):
     self.figures = {name:make(*[self.others]*(name=='loss')) for name,make in self.PICTURES.items()}
     self.watcher = Watcher(self._beat)
@@ -349,7 +353,7 @@ def _build(self:LiveRun):
     self._grid = grid(*(panel(self._heads[n], *extra.get(n, []), f) for n,f in self.figures.items()), panel(widgets.HTML(heading('Answers')), self._samples))
 LiveRun._build = _build
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #4cd2f108
+# %% ../../nbs/api/12_widgets_live_run.ipynb #cf6a9476
 def _news(self:LiveRun)->set:
     "Sort the events that came since the last call; returns their kinds."
     new = self.run.events[self._read:]
@@ -373,7 +377,9 @@ def _fill(self:LiveRun, name, how, *args, legend=None):
 LiveRun._fill = _fill
 
 def _fill_losses(self:LiveRun, fig):
-    fill_others(fig, self.others)
+    if (count := [len(r.events) for r in self.others.values()])!=self._others_read:    # most are over, and do not change
+        fill_others(fig, self.others)
+        self._others_read = count
     return fill_loss(fig, self._some('step', 'eval'))
 LiveRun._fill_losses = _fill_losses
 
@@ -399,7 +405,7 @@ def _draw_state(self:LiveRun):
         if self.buttons[name].disabled!=off: self.buttons[name].disabled = off
 LiveRun._draw_state = _draw_state
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #fb8d2a0d
+# %% ../../nbs/api/12_widgets_live_run.ipynb #5c8402f1
 def refresh(self:LiveRun, everything=False)->LiveRun:
     "Draw what is new (or everything), now, in this thread."
     with self._lock:
@@ -410,7 +416,7 @@ def refresh(self:LiveRun, everything=False)->LiveRun:
             kinds |= {'spectrum','memory'}
         if everything or not self._next: kinds |= {'step','spectrum','memory','sample'}
         if kinds & {'step','eval'}:
-            self._fill('loss', self._fill_losses, legend=LEGENDS['loss']|{f'{name} (dotted: training)':COLOUR[OTHERS[i%len(OTHERS)]] for i,name in enumerate(self.others)})
+            self._fill('loss', self._fill_losses, legend=LEGENDS['loss']|{f'{name} (dotted: training)':colour for name,colour in other_colours(self.others).items()})
             self._fill('rates', fill_rates, self._some('step'))
         if kinds & {'spectrum','look'} or self._stale_spectrum():
             self._draw_spectrum()
@@ -430,7 +436,7 @@ def _stale_spectrum(self:LiveRun):
     return was!=self._drawn
 LiveRun._stale_spectrum = _stale_spectrum
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #0982dad0
+# %% ../../nbs/api/12_widgets_live_run.ipynb #be2ae8da
 def _wake(self:LiveRun, *_):
     "Ask the kernel's loop to draw; from any thread."
     if self._due or self._closed or self._loop is None: return
@@ -468,7 +474,7 @@ def watched(self:LiveRun)->bool:
     return not self._closed and (self.watcher.last is not None or self._shown is not None) and self.watcher.seen()
 LiveRun.watched = watched
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #ef2a4afb
+# %% ../../nbs/api/12_widgets_live_run.ipynb #f8005132
 def _look(self:LiveRun, run):
     "The probe: keeps the copies of A and B here and publishes the small part."
     if self.layer is None: return None
@@ -515,7 +521,7 @@ LiveRun._end = _end
 def _leave_still(self:LiveRun): update_display(self._bundle(), raw=True, display_id=self._shown)
 LiveRun._leave_still = _leave_still
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #1e539468
+# %% ../../nbs/api/12_widgets_live_run.ipynb #cb554d2b
 def _press(self:LiveRun, name, _):
     getattr(self.run, name)()
     for b in (self.buttons.values() if name=='stop' else [self.buttons[name]]): b.disabled = True
@@ -555,7 +561,7 @@ def close(self:LiveRun):
     super(LiveRun, self).close()
 LiveRun.close = close
 
-# %% ../../nbs/api/12_widgets_live_run.ipynb #c047dfed
+# %% ../../nbs/api/12_widgets_live_run.ipynb #1e938986
 def _known(name, names):
     if name not in names: raise KeyError(f"{name!r}: expected one of {', '.join(map(repr, names))}")
     return name
