@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_t
            'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'score_answers',
            'checkpoints', 'add_noise', 'OutOfMemory', 'memory_advice', 'read_events', 'PastRun', 'to_tensorboard']
 
-# %% ../nbs/api/09_trainer.ipynb #7714c302
+# %% ../nbs/api/09_trainer.ipynb #90c4e1e7
 import json,math,os,shutil,threading,time
 from contextlib import nullcontext
 from dataclasses import dataclass,asdict,replace
@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from .adapter import adapters,_fsync
 from .data import batch_order,collate,collate_packed,pack_order
 from .fast import fast_loss,fast_scores
-from .memory import held
+from .memory import free_at_once,held
 from .models import ask
 
-# %% ../nbs/api/09_trainer.ipynb #5bf04f5f
+# %% ../nbs/api/09_trainer.ipynb #d0946bcd
 @dataclass(frozen=True)
 class Settings:
     "What a run was asked to do; written beside its checkpoints."
@@ -47,11 +47,11 @@ class Settings:
     checkpointing:bool=False # recompute activations in backward
     seed:int=42              # of the order of samples and of dropout
 
-# %% ../nbs/api/09_trainer.ipynb #9bbc71bc
+# %% ../nbs/api/09_trainer.ipynb #d0e8b5b1
 OPTIMIZERS = ('adamw','adamw8bit','paged_adamw8bit')
 SCHEDULES = {'cosine':'cosine', 'linear':'linear', 'constant':'constant_with_warmup'}
 
-# %% ../nbs/api/09_trainer.ipynb #ad4b4afd
+# %% ../nbs/api/09_trainer.ipynb #e94f5726
 def check_settings(s:Settings):
     "Raises ValueError naming the setting, what it was and what is allowed."
     def need(ok, name, want):
@@ -70,7 +70,7 @@ def check_settings(s:Settings):
     need(s.optimizer in OPTIMIZERS, 'optimizer', f'one of {list(OPTIMIZERS)}')
     need(number(s.lr_ratio) and s.lr_ratio>0, 'lr_ratio', 'a number above 0')
 
-# %% ../nbs/api/09_trainer.ipynb #397fc360
+# %% ../nbs/api/09_trainer.ipynb #40bd9117
 def _whole_folder(path, write):
     "Call `write(tmp)` on an empty folder beside `path`, flush it to disk, then rename it to `path`."
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -87,7 +87,7 @@ def _whole_folder(path, write):
         raise
     return path
 
-# %% ../nbs/api/09_trainer.ipynb #557b1d99
+# %% ../nbs/api/09_trainer.ipynb #547b6acb
 def _flat(x, key):
     "(key, tensor) of every leaf of nested dicts; a plain number becomes a tensor whose key ends in '::number'."
     if isinstance(x, dict):
@@ -99,7 +99,7 @@ def optimizer_tensors(opt, names:list)->dict:
     "The optimizer's state as flat named tensors; `names` are the parameters' names in the optimizer's order."
     return dict(kv for i,state in opt.state_dict()['state'].items() for kv in _flat(state, names[i]))
 
-# %% ../nbs/api/09_trainer.ipynb #10546b71
+# %% ../nbs/api/09_trainer.ipynb #8c6534ce
 def load_optimizer_tensors(opt, names:list, tensors:dict):
     "The inverse of `optimizer_tensors`. Raises KeyError naming a parameter that has no saved state."
     state = {n:{} for n in names}
@@ -113,17 +113,17 @@ def load_optimizer_tensors(opt, names:list, tensors:dict):
     if empty: raise KeyError(f"The checkpoint holds no optimizer state for {len(empty)} parameters, such as {empty[0]!r}")
     opt.load_state_dict(dict(state={i:state[n] for i,n in enumerate(names)}, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/api/09_trainer.ipynb #895fb83c
+# %% ../nbs/api/09_trainer.ipynb #2f21280e
 class NonFiniteLoss(FloatingPointError): "The loss became NaN or infinite; the message names the step and the samples."
 
-# %% ../nbs/api/09_trainer.ipynb #3a32fbb5
+# %% ../nbs/api/09_trainer.ipynb #259e9a2e
 def _plain(x):
     "True for what JSON can hold."
     if isinstance(x, dict): return all(map(_plain, x.values()))
     if isinstance(x, (list, tuple)): return all(map(_plain, x))
     return x is None or isinstance(x, (str, int, float, bool))
 
-# %% ../nbs/api/09_trainer.ipynb #c6836da6
+# %% ../nbs/api/09_trainer.ipynb #86c7019c
 class Run:
     "A training run: its events, and the means to pause, resume, stop and await it. Made by `Trainer.start` or `Trainer.fit`."
     def __init__(self, trainer, out):
@@ -161,7 +161,7 @@ class Run:
         last = self.log.loss.iloc[-1] if self.step else float('nan')
         return f"Run {self.state} at step {self.step} of {self.total_steps}, loss {last:.3f}, in {self.out}"
 
-# %% ../nbs/api/09_trainer.ipynb #a3c1fac0
+# %% ../nbs/api/09_trainer.ipynb #099de45f
 def _publish(self:Run, kind, **fields):
     event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
     with self._lock:
@@ -177,13 +177,13 @@ def _publish(self:Run, kind, **fields):
             self.events.append(dict(event, kind='warning', text=f"A subscriber raised {type(e).__name__}: {e}. It is no longer called."))
 Run._publish = _publish
 
-# %% ../nbs/api/09_trainer.ipynb #bcc75938
+# %% ../nbs/api/09_trainer.ipynb #337b9e01
 def _off(self:Run, where, item):
     with self._lock:
         if item in where: where.remove(item)
 Run._off = _off
 
-# %% ../nbs/api/09_trainer.ipynb #71f832c7
+# %% ../nbs/api/09_trainer.ipynb #e166643d
 def subscribe(
     self:Run,
     fn     # called with each event, in the worker thread
@@ -193,7 +193,7 @@ def subscribe(
     return lambda: self._off(self._subs, fn)
 Run.subscribe = subscribe
 
-# %% ../nbs/api/09_trainer.ipynb #7c26304d
+# %% ../nbs/api/09_trainer.ipynb #a8bed9a3
 def probe(
     self:Run,
     fn,              # fn(run) -> dict with 'kind', or None; called in the worker thread between two steps
@@ -205,7 +205,7 @@ def probe(
     return lambda: self._off(self._probes, item)
 Run.probe = probe
 
-# %% ../nbs/api/09_trainer.ipynb #a77f0bcf
+# %% ../nbs/api/09_trainer.ipynb #6f48f67d
 def while_waiting(
     self:Run,
     fn       # called without arguments in the thread that waits
@@ -215,7 +215,7 @@ def while_waiting(
     return lambda: self._off(self._waiting, fn)
 Run.while_waiting = while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #53f6902b
+# %% ../nbs/api/09_trainer.ipynb #e028fae2
 def _serve_probes(self:Run):
     with self._lock: items = list(self._probes)
     for item in items:
@@ -230,13 +230,13 @@ def _serve_probes(self:Run):
         if seen: self._publish(**seen)
 Run._serve_probes = _serve_probes
 
-# %% ../nbs/api/09_trainer.ipynb #ea401f89
+# %% ../nbs/api/09_trainer.ipynb #83279023
 def _set_state(self:Run, state):
     self.state = state
     self._publish('state', state=state)
 Run._set_state = _set_state
 
-# %% ../nbs/api/09_trainer.ipynb #6a3020b0
+# %% ../nbs/api/09_trainer.ipynb #cedf2608
 def pause(self:Run):
     "Halt at the next step boundary."
     self._go.clear()
@@ -255,14 +255,14 @@ def set_lr(self:Run, lr:float):
     self._lr = lr
 for f in (pause, resume, stop, save_now, set_lr): setattr(Run, f.__name__, f)
 
-# %% ../nbs/api/09_trainer.ipynb #27cfd370
+# %% ../nbs/api/09_trainer.ipynb #2864fb27
 def _orders(self:Run)->tuple: # (stop, save, paused, new learning rate)
     "What the buttons say. Of several processes, all do what the first was told."
     mine = [self._stop.is_set(), self._save.is_set(), not self._go.is_set(), self._lr]
     return tuple(broadcast_object_list(mine) if self.trainer.world>1 else mine)
 Run._orders = _orders
 
-# %% ../nbs/api/09_trainer.ipynb #cc4da17b
+# %% ../nbs/api/09_trainer.ipynb #8c47c306
 def _obey(self:Run)->tuple: # (stop, paused)
     "Save and change the learning rate where that was asked for."
     stop,save,paused,lr = self._orders()
@@ -276,7 +276,7 @@ def _obey(self:Run)->tuple: # (stop, paused)
     return stop,paused
 Run._obey = _obey
 
-# %% ../nbs/api/09_trainer.ipynb #a6cbaacf
+# %% ../nbs/api/09_trainer.ipynb #f3e68ae6
 def _boundary(self:Run)->bool:
     "Between two steps: serve probes, obey, hold while paused. False: stop."
     self._serve_probes()
@@ -291,7 +291,7 @@ def _boundary(self:Run)->bool:
     return not stop
 Run._boundary = _boundary
 
-# %% ../nbs/api/09_trainer.ipynb #82d5d815
+# %% ../nbs/api/09_trainer.ipynb #b2fbd855
 def wait(
     self:Run,
     progress:bool=True # show a progress bar
@@ -311,7 +311,7 @@ def wait(
     return self
 Run.wait = wait
 
-# %% ../nbs/api/09_trainer.ipynb #427c998b
+# %% ../nbs/api/09_trainer.ipynb #33ac7fae
 def _while_waiting(self:Run, bar):
     bar.update(self.step-bar.n)
     last = next((e for e in reversed(self.events) if e['kind']=='step'), None)
@@ -320,20 +320,20 @@ def _while_waiting(self:Run, bar):
     for fn in fns: fn()
 Run._while_waiting = _while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #c58605c4
+# %% ../nbs/api/09_trainer.ipynb #16b7f64c
 class _LossModule(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
     def forward(self, batch, n): return fast_loss(self.model, batch, n)
 
-# %% ../nbs/api/09_trainer.ipynb #c45bd977
+# %% ../nbs/api/09_trainer.ipynb #1448b75a
 def _free_folder(out):
     "`out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten."
     out = Path(out)
     return next(p for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))) if not p.exists())
 
-# %% ../nbs/api/09_trainer.ipynb #e9ee3295
+# %% ../nbs/api/09_trainer.ipynb #7043850b
 def trained_adapter(model):
     "The one adapter on `model` whose parameters require gradients. Raises ValueError where there is none, or more than one."
     found = [a for a in adapters(model).values() if any(p.requires_grad for p in a.parameters())]
@@ -342,7 +342,7 @@ def trained_adapter(model):
                          + ("Put one on with add_lora(model)." if not found else "Choose one with train_only."))
     return found[0]
 
-# %% ../nbs/api/09_trainer.ipynb #2b2bede4
+# %% ../nbs/api/09_trainer.ipynb #52c0d9cd
 class Trainer:
     "Trains the parameters of `model` that require gradients (an adapter's) on `data`, with AdamW."
     def __init__(self,
@@ -366,7 +366,7 @@ class Trainer:
         self._place()
         self._plan()
 
-# %% ../nbs/api/09_trainer.ipynb #f7aa66ae
+# %% ../nbs/api/09_trainer.ipynb #486499aa
 def param_groups(
     named:list,   # (name, parameter)
     s:Settings
@@ -378,7 +378,7 @@ def param_groups(
               dict(params=[p for n,p in named if p.ndim<=1], lr=s.lr, weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/api/09_trainer.ipynb #360a99d7
+# %% ../nbs/api/09_trainer.ipynb #328cefde
 def make_optimizer(groups, s:Settings, device):
     "AdamW over `groups`: torch's, or bitsandbytes' with 8-bit states (paged: they move to the CPU's memory when the card is full; CUDA only)."
     if s.optimizer=='adamw': return torch.optim.AdamW(groups, lr=s.lr)
@@ -387,8 +387,9 @@ def make_optimizer(groups, s:Settings, device):
         raise ValueError("optimizer='paged_adamw8bit' pages between a CUDA card and the CPU; on the CPU use 'adamw' or 'adamw8bit'")
     return (bo.PagedAdamW8bit if s.optimizer.startswith('paged') else bo.AdamW8bit)(groups, lr=s.lr)
 
-# %% ../nbs/api/09_trainer.ipynb #055ae39f
+# %% ../nbs/api/09_trainer.ipynb #fda3bc11
 def _place(self:Trainer):
+    if self.device.type=='cpu': free_at_once()
     fp16 = any(p.dtype==torch.float16 for p in self.model.parameters())
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False) # a 4-bit base is buffers, the same in every process
     self.accelerator = acc = Accelerator(cpu=self.device.type=='cpu', mixed_precision='fp16' if fp16 else 'no', kwargs_handlers=[ddp])
@@ -398,7 +399,7 @@ def _place(self:Trainer):
     if self.world>1 and (self.device.type, self.device.index or 0)!=(acc.device.type, acc.device.index or 0): raise ValueError(f"Process {self.rank} of {self.world} has its model on {self.device}; expected {acc.device}. Load it with load_model(…, device={str(acc.device)!r}).")
 Trainer._place = _place
 
-# %% ../nbs/api/09_trainer.ipynb #8f4b6de0
+# %% ../nbs/api/09_trainer.ipynb #7ea9c150
 def _plan(self:Trainer):
     from transformers import get_scheduler # imports peft where it is installed, and with it bitsandbytes, before which notebook_launcher must have started
     s = self.settings
@@ -413,7 +414,7 @@ def _plan(self:Trainer):
     self.scheduler = get_scheduler(SCHEDULES[s.schedule], opt, num_warmup_steps=round(s.warmup*self.total_steps), num_training_steps=self.total_steps)
 Trainer._plan = _plan
 
-# %% ../nbs/api/09_trainer.ipynb #dcd39de2
+# %% ../nbs/api/09_trainer.ipynb #42a95622
 def _batches(self:Trainer, epoch)->list:
     "Micro-batches of an epoch, of all processes together: lists of sample indices, or, packed, lists of rows of sample indices."
     s,lens,size = self.settings,[len(x) for x in self.data.train],self.settings.batch_size*self.world
@@ -422,21 +423,21 @@ def _batches(self:Trainer, epoch)->list:
     return [rows[i:i+size] for i in range(0, len(rows), size)]
 Trainer._batches = _batches
 
-# %% ../nbs/api/09_trainer.ipynb #23a87f04
+# %% ../nbs/api/09_trainer.ipynb #7798710f
 def _batch(self:Trainer, samples):
     "A list of samples, or of rows of samples, on the model's device."
     make = collate_packed if isinstance(samples[0], list) else collate
     return {k:v.to(self.device) for k,v in make(samples, self.data.tok.pad_token_id or 0).items()}
 Trainer._batch = _batch
 
-# %% ../nbs/api/09_trainer.ipynb #985a17e9
+# %% ../nbs/api/09_trainer.ipynb #2749ca7e
 def _across(self:Trainer, *numbers, how='sum')->list:
     "Each number's sum or mean over the processes."
     if self.world==1: return list(numbers)
     return self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), how).tolist()
 Trainer._across = _across
 
-# %% ../nbs/api/09_trainer.ipynb #66ca2136
+# %% ../nbs/api/09_trainer.ipynb #6198a627
 def _backward(self:Trainer, batches, n)->float:
     "Gradients of the summed loss over `n`; returns that loss. A process without a share of a batch goes through the motions, for the others wait for it."
     total = 0.
@@ -451,7 +452,7 @@ def _backward(self:Trainer, batches, n)->float:
     return self._across(total, how='mean')[0]
 Trainer._backward = _backward
 
-# %% ../nbs/api/09_trainer.ipynb #23709d68
+# %% ../nbs/api/09_trainer.ipynb #80e2c276
 def _step(self:Trainer, run, micro):
     "One optimizer step on a list of micro-batches of sample indices; returns (loss, gradient norm, tokens)."
     pick = lambda x: [pick(i) for i in x] if isinstance(x, list) else self.data.train[x]
@@ -471,7 +472,7 @@ def _step(self:Trainer, run, micro):
     return total,float(norm),sum(map(len, samples))
 Trainer._step = _step
 
-# %% ../nbs/api/09_trainer.ipynb #d55c92ff
+# %% ../nbs/api/09_trainer.ipynb #18091602
 @torch.no_grad()
 def evaluate(
     self:Trainer,
@@ -490,7 +491,7 @@ def evaluate(
     return dict(loss=loss/n, accuracy=right/n)
 Trainer.evaluate = evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #f346d46b
+# %% ../nbs/api/09_trainer.ipynb #83aaa8f3
 def score_answers(
     model, tok,
     samples:list, # of Sample, made from chats
@@ -504,7 +505,7 @@ def score_answers(
     answers = ask(model, tok, chats, max_new_tokens, batch_size)
     return pd.DataFrame([dict(row=s.row, question=c[-1]['content'], answer=a, score=float(score(a, s))) for s,c,a in zip(samples, chats, answers)])
 
-# %% ../nbs/api/09_trainer.ipynb #b00baf1a
+# %% ../nbs/api/09_trainer.ipynb #28f91252
 def _score(self:Trainer)->float:
     "Mean score of the held-out answers."
     mine = self.data.val[self.rank::self.world]
@@ -512,7 +513,7 @@ def _score(self:Trainer)->float:
     return self._across(float(got))[0]/len(self.data.val)
 Trainer._score = _score
 
-# %% ../nbs/api/09_trainer.ipynb #4acea7fc
+# %% ../nbs/api/09_trainer.ipynb #c774d37b
 def _evaluate(self:Trainer, run):
     "Publish what the held-out samples say; a best loss since the start is checkpointed where the run watches for it."
     if not self.data.val: return
@@ -527,7 +528,7 @@ def _evaluate(self:Trainer, run):
     if better and self.settings.patience and run.step: self._checkpoint(run, 'best')
 Trainer._evaluate = _evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #1d106355
+# %% ../nbs/api/09_trainer.ipynb #7b3f1572
 def _rescale(self:Trainer, run, lr):
     ratio = lr/self.scheduler.base_lrs[0]
     self.scheduler.base_lrs = [b*ratio for b in self.scheduler.base_lrs]
@@ -536,7 +537,7 @@ def _rescale(self:Trainer, run, lr):
     run._publish('lr', lr=lr)
 Trainer._rescale = _rescale
 
-# %% ../nbs/api/09_trainer.ipynb #730ce8c2
+# %% ../nbs/api/09_trainer.ipynb #91739c6e
 def _random_state(self:Trainer)->dict:
     "The random states of all processes, one row each."
     own = {'rng':torch.get_rng_state()}
@@ -550,7 +551,7 @@ def _set_random_state(self:Trainer, states:dict):
     if 'cuda_rng' in states and self.device.type=='cuda': torch.cuda.set_rng_state(states['cuda_rng'][self.rank].clone(), self.device)
 Trainer._random_state,Trainer._set_random_state = _random_state,_set_random_state
 
-# %% ../nbs/api/09_trainer.ipynb #44a59efe
+# %% ../nbs/api/09_trainer.ipynb #f3d4a1ee
 def _write_checkpoint(self:Trainer, run, random, folder):
     "A checkpoint's files, into the empty `folder`."
     adapter = folder/'adapter'
@@ -563,7 +564,7 @@ def _write_checkpoint(self:Trainer, run, random, folder):
     (folder/'run.json').write_text(json.dumps(state, indent=1))
 Trainer._write_checkpoint = _write_checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #1acd3102
+# %% ../nbs/api/09_trainer.ipynb #ffec5191
 def checkpoints(
     out,                # a run's folder
     name='checkpoint'   # or 'best'
@@ -572,7 +573,7 @@ def checkpoints(
     found = [p for p in Path(out).glob(f'{name}-*') if p.name.rpartition('-')[2].isdigit() and (p/'run.json').exists()]
     return sorted(found, key=lambda p: int(p.name.rpartition('-')[2]))
 
-# %% ../nbs/api/09_trainer.ipynb #a91d5a3d
+# %% ../nbs/api/09_trainer.ipynb #5463f502
 def _checkpoint(self:Trainer, run, name='checkpoint'):
     "Write `NAME-STEP` whole, if it is not there yet, then remove the oldest beyond `keep` (of the best, all but this)."
     path,random = run.out/f"{name}-{run.step}",self._random_state()
@@ -584,7 +585,7 @@ def _checkpoint(self:Trainer, run, name='checkpoint'):
     return path
 Trainer._checkpoint = _checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #26ecc187
+# %% ../nbs/api/09_trainer.ipynb #be91cde1
 def _steps(self:Trainer, start):
     "(step, epoch so far, micro-batches) from step `start` on; depends on seed and epoch alone."
     s,step = self.settings,0
@@ -596,7 +597,7 @@ def _steps(self:Trainer, start):
             if step>start: yield step,step/self.steps_per_epoch,batches[k:k+s.accum]
 Trainer._steps = _steps
 
-# %% ../nbs/api/09_trainer.ipynb #a625bba6
+# %% ../nbs/api/09_trainer.ipynb #a260436f
 def add_noise(
     model,       # with input embeddings
     alpha:float  # size of the noise
@@ -608,7 +609,7 @@ def add_noise(
         return out+torch.empty_like(out).uniform_(-size, size)
     return model.get_input_embeddings().register_forward_hook(noisy).remove
 
-# %% ../nbs/api/09_trainer.ipynb #1ceb2d70
+# %% ../nbs/api/09_trainer.ipynb #a46f8f23
 def _train(self:Trainer, run):
     start = self._restore(run) if self._resume_from else 0
     if not start: torch.manual_seed(self.settings.seed+self.rank)
@@ -634,7 +635,7 @@ def _train(self:Trainer, run):
     return 'stopped' if run._stop.is_set() and run.step<self.total_steps else 'finished'
 Trainer._train = _train
 
-# %% ../nbs/api/09_trainer.ipynb #38cb447c
+# %% ../nbs/api/09_trainer.ipynb #7b9dcfd5
 def _work(self:Trainer, run):
     "Runs `_train` to its end and leaves the run in its last state, whatever happens."
     try:
@@ -655,7 +656,7 @@ def _work(self:Trainer, run):
     run._done.set()
 Trainer._work = _work
 
-# %% ../nbs/api/09_trainer.ipynb #7c0520a2
+# %% ../nbs/api/09_trainer.ipynb #9b25ac4e
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once."
     out = broadcast_object_list([_free_folder(self.out)])[0]
@@ -668,7 +669,7 @@ def fit(self:Trainer)->Run:
     return self.start().wait()
 Trainer.start,Trainer.fit = start,fit
 
-# %% ../nbs/api/09_trainer.ipynb #c1772d38
+# %% ../nbs/api/09_trainer.ipynb #cec0f551
 def _restore(self:Trainer, run):
     folder = Path(self._resume_from)
     state = json.loads((folder/'run.json').read_text())
@@ -682,7 +683,7 @@ def _restore(self:Trainer, run):
     return run.step
 Trainer._restore = _restore
 
-# %% ../nbs/api/09_trainer.ipynb #2cc1d20d
+# %% ../nbs/api/09_trainer.ipynb #e593db6e
 def _newest(folder):
     "`folder` where it is a checkpoint, else the newest in it."
     folder = Path(folder)
@@ -690,14 +691,14 @@ def _newest(folder):
     if found := checkpoints(folder): return found[-1]
     raise FileNotFoundError(f"{folder} is no checkpoint of a run (it has no run.json), nor does it hold one.")
 
-# %% ../nbs/api/09_trainer.ipynb #4f6dfa6a
+# %% ../nbs/api/09_trainer.ipynb #1419d976
 def _sweep(out):
     "Remove what killed saves left in a run's folder."
     for p in Path(out).glob('.*.tmp-*'):
         pid = p.name.rpartition('-')[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(p)
 
-# %% ../nbs/api/09_trainer.ipynb #1fa56b07
+# %% ../nbs/api/09_trainer.ipynb #6fe19aa1
 @classmethod
 def resume_run(cls,
     folder, # a checkpoint's folder, or a run's: then its newest checkpoint
@@ -716,10 +717,10 @@ def resume_run(cls,
     return t
 Trainer.resume = resume_run
 
-# %% ../nbs/api/09_trainer.ipynb #33122312
+# %% ../nbs/api/09_trainer.ipynb #12d549e5
 class OutOfMemory(RuntimeError): "The device's memory did not suffice; the message says what held it and what to change."
 
-# %% ../nbs/api/09_trainer.ipynb #7f01de90
+# %% ../nbs/api/09_trainer.ipynb #807c4d8f
 def memory_advice(
     kinds:dict,      # {kind: bytes} at the peak, as `held` gives them
     s:Settings,
@@ -735,7 +736,7 @@ def memory_advice(
     if s.optimizer=='adamw' and opt: advice.append(("optimizer='paged_adamw8bit'", opt*3//4))
     return sorted(advice, key=lambda a: -a[1])
 
-# %% ../nbs/api/09_trainer.ipynb #388df10f
+# %% ../nbs/api/09_trainer.ipynb #9f030137
 def _out_of_memory(self:Trainer, run, samples):
     "The error to raise, with the figures of this moment."
     kinds = held(self.model, self.adapter, self.optimizer)
@@ -750,7 +751,7 @@ def _out_of_memory(self:Trainer, run, samples):
                        + f". Last good checkpoint: {run.checkpoint or 'none yet'}.")
 Trainer._out_of_memory = _out_of_memory
 
-# %% ../nbs/api/09_trainer.ipynb #5d2e10de
+# %% ../nbs/api/09_trainer.ipynb #4107125e
 def read_events(
     file         # a run's events.jsonl
 )->list:         # of events
@@ -789,7 +790,7 @@ class PastRun:
     def subscribe(self, fn): return lambda: None
     def while_waiting(self, fn): return lambda: None
 
-# %% ../nbs/api/09_trainer.ipynb #934cf239
+# %% ../nbs/api/09_trainer.ipynb #79c6fde0
 def to_tensorboard(
     run:Run,
     folder=None # of the event files; None: 'tensorboard' in the run's folder
