@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'CARD_LEVELS', 'ITEM_KINDS', 'RATINGS', 'PROGRESS_FORMAT', 
            'reviewed', 'recall_chance', 'RecallProgress', 'read_progress', 'add_review', 'record_review', 'next_card',
            'next_due', 'draw_test', 'progress_frame', 'answers_frame']
 
-# %% ../nbs/api/13_recall.ipynb #bed9617e
+# %% ../nbs/api/13_recall.ipynb #ee00f365
 import difflib, io, json, math, os, random, re, zlib
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from fsrs import Card, Rating, Scheduler, State
 from .data import example_data, read_rows, right_answer
 
-# %% ../nbs/api/13_recall.ipynb #d5673531
+# %% ../nbs/api/13_recall.ipynb #93da8292
 class RecallError(ValueError): "What is wrong with a recall item, or with the file of somebody's progress."
 
 def run_code(
@@ -33,12 +33,12 @@ def run_code(
     names['printed'] = out.getvalue().strip()
     return names['printed'],names
 
-# %% ../nbs/api/13_recall.ipynb #20f371e0
+# %% ../nbs/api/13_recall.ipynb #2ce7c48d
 def fill_text(text:str, names:dict)->str:
     "Each `{expression}` or `{expression:format}` in `text` becomes its value among `names`."
     return ''.join(words+('' if gap is None else format(eval(gap, names), spec)) for words,gap,spec,_ in Formatter().parse(text))
 
-# %% ../nbs/api/13_recall.ipynb #4ff0226a
+# %% ../nbs/api/13_recall.ipynb #68f6cb32
 LEVELS = ('easy', 'medium', 'hard')                   # of questions
 CARD_LEVELS = ('beginner', 'intermediate', 'advanced')
 ITEM_KINDS = dict(card='Card', choice='Multiple choice', output='What does this cell print?', free='Explain in your own words')
@@ -63,7 +63,7 @@ class RecallItem:
     @property
     def choices(self)->tuple: return (self.answer, *(text for text,_ in self.wrong)) if self.wrong else ()
 
-# %% ../nbs/api/13_recall.ipynb #9a6ff547
+# %% ../nbs/api/13_recall.ipynb #1bf2af69
 def _value(word):
     try: return float(word)
     except ValueError: return word.casefold()
@@ -76,7 +76,7 @@ def same_output(
     a,b = ([_value(w.rstrip('.')) for w in re.findall(r'''[^\s,;()\[\]{}'"]+''', s)] for s in (given, printed))
     return a==b
 
-# %% ../nbs/api/13_recall.ipynb #aaca044d
+# %% ../nbs/api/13_recall.ipynb #a4090a03
 def _texts(row, kind):
     "The error of a row's fields, or None."
     wanted = _COMMON|_FIELDS[kind]
@@ -100,7 +100,7 @@ def _unproved(row):
     if re.fullmatch(r'[-\d.,]+( \S+)?', row['answer']): return f"the answer {row['answer']!r} is a number that was typed; let the code print it and write {{printed}}"
     if '{' not in row['answer'] and not re.search(r'^\s*assert ', row['code'], re.M): return 'the code proves nothing: it should assert what the answer says, or the answer should hold a number of its own, as {printed}'
 
-# %% ../nbs/api/13_recall.ipynb #aca7a087
+# %% ../nbs/api/13_recall.ipynb #829c184f
 def _checked(item):
     "The error of an item whose texts are filled, or None."
     if not re.search(r'\w', item.printed): return 'the code prints nothing'
@@ -128,7 +128,7 @@ def make_item(
     if wrong := _checked(item): raise RecallError(f'{what}: {wrong}.')
     return item
 
-# %% ../nbs/api/13_recall.ipynb #729578a9
+# %% ../nbs/api/13_recall.ipynb #c14951b0
 @dataclass(frozen=True)
 class Grade:
     "How an answer did."
@@ -141,7 +141,7 @@ class Grade:
 def _grade_choice(item, given):
     if given not in item.choices: raise ValueError(f"{given!r} is none of the choices: {'; '.join(item.choices)}")
     if given==item.answer: return Grade(1., f'Right. {item.note}')
-    return Grade(0., f'No. {dict(item.wrong)[given]}\nRight is: {item.answer}. {item.note}')
+    return Grade(0., f'No. {dict(item.wrong)[given]}\nRight is: {item.answer}\n{item.note}')
 
 def _grade_output(item, given):
     if same_output(given, item.printed): return Grade(1., f'Right. {item.note}')
@@ -160,7 +160,7 @@ def grade(
     if item.kind=='card': raise ValueError(f'{item.id} is a card: look at its answer and say yourself how well you knew it (record_review).')
     return dict(choice=_grade_choice, output=_grade_output, free=_grade_free)[item.kind](item, str(given))
 
-# %% ../nbs/api/13_recall.ipynb #2b732134
+# %% ../nbs/api/13_recall.ipynb #96e2c991
 @lru_cache(maxsize=1)
 def recall_items()->tuple: # of `RecallItem`
     "The items that come with the package, each with its answer computed now, once for each session. Raises RecallError with file and line."
@@ -178,7 +178,7 @@ def find_item(items, id:str)->RecallItem:
     if found is None: raise KeyError(f"No item {id!r}. Nearest: {', '.join(difflib.get_close_matches(id, [i.id for i in items], 3, 0)) or 'none'}.")
     return found
 
-# %% ../nbs/api/13_recall.ipynb #84ce20a7
+# %% ../nbs/api/13_recall.ipynb #40ee451b
 RATINGS = ('again', 'hard', 'good', 'easy') # how well a card was known
 _scheduler = Scheduler(enable_fuzzing=False)
 
@@ -201,7 +201,7 @@ def recall_chance(card:Card|None, now:datetime)->float:
     "The modelled chance that the item is known now, 0 where it was never seen."
     return _scheduler.get_card_retrievability(card, now) if card else 0.
 
-# %% ../nbs/api/13_recall.ipynb #cb72276a
+# %% ../nbs/api/13_recall.ipynb #5178ae46
 PROGRESS_FORMAT = 'lora_nb recall progress 1'
 
 @dataclass
@@ -224,7 +224,7 @@ def _review(d):
     datetime.fromisoformat(d['when'])
     return d
 
-# %% ../nbs/api/13_recall.ipynb #040a593b
+# %% ../nbs/api/13_recall.ipynb #447eaa41
 def _unreadable(path, what): return RecallError(f'{path} is no progress file that can be read ({what}). It is left as it is: give another path, or move it away.')
 
 def read_progress(
@@ -249,7 +249,7 @@ def _write(path, progress):
         f.flush(); os.fsync(f.fileno())
     os.replace(new, path)
 
-# %% ../nbs/api/13_recall.ipynb #d69bdb8a
+# %% ../nbs/api/13_recall.ipynb #a410fe10
 def add_review(
     progress:RecallProgress,
     item:RecallItem,
@@ -278,7 +278,7 @@ def record_review(
     except Timeout: raise RecallError(f'{path} has been in use by another program for 10 seconds; nothing was written.') from None
     return progress
 
-# %% ../nbs/api/13_recall.ipynb #6de6d5f8
+# %% ../nbs/api/13_recall.ipynb #75205d13
 def _waits(item, progress, now): return item.id in progress.cards and progress.cards[item.id].due>now
 def _level(level, levels):
     if level not in (None, *levels): raise ValueError(f"level {level!r}: expected one of {', '.join(levels)}, or None for all")
@@ -299,7 +299,7 @@ def next_due(items, progress:RecallProgress, level:str|None=None)->datetime|None
     "When the next of the cards seen so far is due."
     return min((progress.cards[i.id].due for i in items if i.kind=='card' and i.level in _level(level, CARD_LEVELS) and i.id in progress.cards), default=None)
 
-# %% ../nbs/api/13_recall.ipynb #a445a634
+# %% ../nbs/api/13_recall.ipynb #8038cd16
 def _shares(n, levels): return [n//len(levels)+(n%len(levels) if k==len(levels)//2 else 0) for k in range(len(levels))]
 
 def draw_test(
@@ -321,7 +321,7 @@ def draw_test(
             drawn.append(min(left, key=lambda i: (i.kind!=kinds[k%len(kinds)], _waits(i, progress, now), i.concept in {d.concept for d in drawn})))
     return tuple(drawn)
 
-# %% ../nbs/api/13_recall.ipynb #afcc6cfd
+# %% ../nbs/api/13_recall.ipynb #fce3254e
 def progress_frame(
     items, progress:RecallProgress,
     now:datetime|None=None # in UTC; None: now

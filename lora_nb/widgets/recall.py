@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECALL_STYLE', 'code_html', 'question_html', 'grade_html', 'proof_html', 'score_text', 'score_html', 'Recall']
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #ce40b6e2
+# %% ../../nbs/api/12_widgets_recall.ipynb #eac73744
 import random, time
 import ipywidgets as widgets, pandas as pd
 from datetime import datetime, timezone
@@ -14,13 +14,13 @@ from IPython.display import display
 from ..recall import CARD_LEVELS, ITEM_KINDS, LEVELS, RATINGS, Grade, RecallError, RecallItem, add_review, answers_frame, draw_test, grade, next_card, next_due, progress_frame, read_progress, recall_items, record_review, reviewed, run_code
 from .look import COLOUR, as_text, heading, panel, parts, seconds_text, still_table, style_sheet
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #2bf082a4
+# %% ../../nbs/api/12_widgets_recall.ipynb #ae4a0b62
 RECALL_STYLE = '''<style>
 .lnb .lnb-code {margin: 6px 0; padding: 6px 8px; overflow-x: auto; white-space: pre; font: 12px/1.5 var(--jp-code-font-family, monospace); background: rgba(128,128,128,.12); color: inherit; border-radius: 3px}
 .lnb textarea.lnb-code {display: block; box-sizing: border-box; width: 100%; border: 1px solid transparent; resize: vertical}
 .lnb .widget-radio, .lnb .widget-radio-box {width: 100%; max-width: 100%; height: auto}
 .lnb .widget-radio-box label {display: flex; align-items: baseline; gap: 6px; height: auto; max-width: 100%; padding: 4px 0; margin: 0; line-height: 1.4; font-size: 13px; white-space: normal; overflow-wrap: anywhere; color: inherit}
-.lnb .widget-radio-box label input {flex: none; margin: 0}
+.lnb .widget-radio-box label input {flex: none; order: -1; margin: 0; align-self: flex-start; position: static; transform: translateY(.15em)}
 .lnb .lnb-answer {padding: 2px 0 2px 8px}
 </style>'''
 
@@ -41,7 +41,7 @@ def proof_html(item:RecallItem, printed:str, seconds:float)->str:
     "The item's cell, and what it has just printed."
     return f'{code_html(item.code, "The cell that proves it")}<pre class="lnb-code" tabindex="0" aria-label="Output">{as_text(printed)}</pre><div class="lnb-quiet">Run just now in {1000*seconds:.0f} ms. Copy it into a cell and change it.</div>'
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #0997a226
+# %% ../../nbs/api/12_widgets_recall.ipynb #dac579e2
 def _points(score:float)->str: return f'{score:.2f}'.rstrip('0').rstrip('.')
 
 def score_text(given:pd.DataFrame)->str: # of `answers_frame`
@@ -58,7 +58,7 @@ def score_html(
     weak = list(dict.fromkeys(frame.query('score<1').concept))
     return f'<p role="status"><b>{as_text(score_text(frame))}</b>. {as_text("Go over again: "+", ".join(weak)+"." if weak else "Nothing to go over again.")}</p><div class="lnb-scroll" tabindex="0" role="group" aria-label="Answers">{still_table(rows)}</div>'
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #d0a67d75
+# %% ../../nbs/api/12_widgets_recall.ipynb #c30ff918
 _MODES = {'Cards': 'cards', 'Test of ten': 'test'}
 
 class Recall(widgets.VBox):
@@ -76,18 +76,18 @@ class Recall(widgets.VBox):
         self.add_class('lnb')
         self.cards()
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #d1dce20d
+# %% ../../nbs/api/12_widgets_recall.ipynb #b93f00b5
 _RATING_TIPS = dict(again='I did not know it', hard='I knew it, with trouble', good='I knew it', easy='I knew it at once')
 
 def _button(name, tip, width='130px'): return widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width=width))
 
 def _build(self:Recall):
-    wide = widgets.Layout(width='auto')
+    wide = lambda: widgets.Layout(width='auto')     # one each: they are shown and hidden one by one
     self.choose_mode = widgets.Dropdown(options=_MODES, value='cards', description='Practise', layout=widgets.Layout(width='240px'))
     self.choose_level = widgets.Dropdown(options=['all', *CARD_LEVELS], value='all', description='Level', layout=widgets.Layout(width='240px'))
-    self.radio = widgets.RadioButtons(options=[], tooltip='Choices', layout=wide)
-    self.line = widgets.Text(description='It prints', placeholder='what the cell prints', continuous_update=False, layout=wide)
-    self.words = widgets.Textarea(description='Answer', placeholder='in your own words', rows=3, continuous_update=False, layout=wide)
+    self.radio = widgets.RadioButtons(options=[], tooltip='Choices', layout=wide())
+    self.line = widgets.Text(description='It prints', placeholder='what the cell prints', continuous_update=False, layout=wide())
+    self.words = widgets.Textarea(description='Answer', placeholder='in your own words', rows=3, continuous_update=False, layout=wide())
     self.main,self.show,self.over = _button('', ''),_button('Show me', 'Run the cell that proves it'),_button('Start over', 'Leave this test and draw a new one')
     self.ratings = {r: _button(r.capitalize(), _RATING_TIPS[r], '76px') for r in RATINGS}
     self._status,self._head,self._question,self._feedback,self._proof,self._trouble = (widgets.HTML() for _ in range(6))
@@ -95,6 +95,7 @@ def _build(self:Recall):
     self._rates = row(*self.ratings.values())
     self._top = panel(row(self.choose_mode, self.choose_level), self._status, self._trouble)
     self._body = panel(self._head, self._question, self.radio, self.line, self.words, self._feedback, self._rates, row(self.main, self.show, self.over), self._proof)
+    self._body.layout.margin = '8px 0 0 0'
     self._wire()
 Recall._build = _build
 
@@ -107,7 +108,7 @@ def _wire(self:Recall):
     for r,b in self.ratings.items(): b.on_click(lambda _, r=r: (self.rate(r), self.main.focus()))
 Recall._wire = _wire
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #e147ce00
+# %% ../../nbs/api/12_widgets_recall.ipynb #f1ca1cb3
 def _turn(self:Recall, item):
     "Go to an item."
     self.item,self.revealed,self.last,self.proof,self.notice = item,False,None,None,''
@@ -153,7 +154,7 @@ def rate(self:Recall, rating:str)->Recall:
     return self.cards(self.level['cards'])
 Recall.rate = rate
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #c185b7d4
+# %% ../../nbs/api/12_widgets_recall.ipynb #10c5b0d2
 def start(self:Recall, level:str|None=None, seed:int|None=None)->Recall:
     "Draw a test of ten and ask its first question. `level` of `LEVELS`; None: easy, medium and hard."
     self.test = draw_test(self.items, self.progress, level, seed=self.seed if seed is None else seed)
@@ -167,6 +168,7 @@ def answer(self:Recall, given:str)->Grade:
     if self.last: raise RuntimeError('This question is answered: call next_question().')
     self.last = grade(self.item, given)
     self.given.append(given)
+    setattr({'choice': self.radio, 'output': self.line, 'free': self.words}[self.item.kind], 'value', given)
     self._record(score=self.last.score)
     self.notice = ''
     self.refresh()
@@ -192,7 +194,7 @@ def show_me(self:Recall)->str:
     return printed
 Recall.show_me = show_me
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #c6c79592
+# %% ../../nbs/api/12_widgets_recall.ipynb #31924425
 def _visible(widget, shown):
     now = None if shown else 'none'
     if widget.layout.display!=now: widget.layout.display = now
@@ -226,7 +228,7 @@ def _feedback_html(self:Recall)->str:
     return f'<div class="lnb-answer" role="status" style="border-color:{COLOUR["adapter"]}">{as_text(self.item.answer)}</div>' if self.revealed else ''
 Recall._feedback_html = _feedback_html
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #e10fdfcd
+# %% ../../nbs/api/12_widgets_recall.ipynb #748df1d3
 def _main_text(self:Recall)->tuple: # (name, tooltip) of the main button
     if self.mode=='cards': return 'Show answer','Turn the card over'
     if self.item is None: return ('New test' if self.finished else 'Start the test'),'Draw ten questions'
@@ -267,7 +269,7 @@ def _controls(self:Recall):
         for r,b in self.ratings.items(): b.tooltip = f'{_RATING_TIPS[r]}: asked again in {seconds_text((reviewed(card, r, now).due-now).total_seconds())}'
 Recall._controls = _controls
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #2e0b1c52
+# %% ../../nbs/api/12_widgets_recall.ipynb #e07ad230
 def _press(self:Recall, _=None):
     "The main button."
     if self.mode=='cards':
@@ -308,7 +310,7 @@ def _level_chosen(self:Recall, change):
     if self.item is not None: self.start(level)
 Recall._level_chosen = _level_chosen
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #61946b98
+# %% ../../nbs/api/12_widgets_recall.ipynb #6831ddb3
 def data(self:Recall, name:str='progress')->pd.DataFrame:
     "'progress': a row for each item (`progress_frame`); 'test': the answers of the test so far (`answers_frame`)."
     if name not in ('progress', 'test'): raise KeyError(f"{name!r}: expected 'progress' or 'test'")
