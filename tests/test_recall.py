@@ -256,3 +256,15 @@ def test_numbers_without_widgets():
     "lora_nb.recall itself brings in no widget."
     code = "import sys, lora_nb.recall; print([m for m in ('ipywidgets', 'plotly', 'anywidget') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout.strip()=='[]'
+
+
+def test_the_tutorial_shows_what_it_says():
+    import ast, nbformat
+    nb = nbformat.read(Path(__file__).parent.parent/'nbs/tutorials/09_recall.ipynb', as_version=4)
+    said = {c.source: ''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '') for o in c.outputs) for c in nb.cells if c.cell_type=='code'}
+    shown = lambda start: next(v for k, v in said.items() if start in k)
+    assert 'No. At the very first step' in shown('try_it("choice"') and 'No. It prints: 2048 64' in shown('try_it("output"') and '2 of 4 concepts. Missing: no switching any more; rounding.' in shown('try_it("free"')
+    days = [float(l.split()[3]) for l in shown('now = start').splitlines()[1:]]
+    assert days[:3]==sorted(days[:3]) and days[3] < days[2]/2 and days[5] > days[4]                          # "what was built up is mostly gone"
+    result = ast.literal_eval(shown('result = dict'))
+    assert result['items']==len(recall_items()) and result['score']==7.5 and result['peak_memory'] < .7e9
