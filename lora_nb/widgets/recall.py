@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECALL_STYLE', 'code_html', 'question_html', 'grade_html', 'proof_html', 'score_text', 'score_html', 'Recall']
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #2cd5b20c
+# %% ../../nbs/api/12_widgets_recall.ipynb #77fdc457
 import random, time
 import ipywidgets as widgets, pandas as pd
 from datetime import datetime, timezone
@@ -14,7 +14,7 @@ from IPython.display import display
 from ..recall import CARD_LEVELS, ITEM_KINDS, LEVELS, RATINGS, Grade, RecallError, RecallItem, add_review, answers_frame, draw_test, grade, next_card, next_due, progress_frame, read_progress, recall_items, record_review, reviewed, run_code
 from .look import COLOUR, as_text, heading, panel, parts, seconds_text, still_table, style_sheet
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #f6ace313
+# %% ../../nbs/api/12_widgets_recall.ipynb #6bed931c
 RECALL_STYLE = '''<style>
 .lnb .lnb-code {margin: 6px 0; padding: 6px 8px; overflow-x: auto; white-space: pre; font: 12px/1.5 var(--jp-code-font-family, monospace); background: rgba(128,128,128,.12); color: inherit; border-radius: 3px}
 .lnb textarea.lnb-code {display: block; box-sizing: border-box; width: 100%; border: 1px solid transparent; resize: vertical}
@@ -41,7 +41,7 @@ def proof_html(item:RecallItem, printed:str, seconds:float)->str:
     "The item's cell, and what it has just printed."
     return f'{code_html(item.code, "The cell that proves it")}<pre class="lnb-code" tabindex="0" aria-label="Output">{as_text(printed)}</pre><div class="lnb-quiet">Run just now in {1000*seconds:.0f} ms. Copy it into a cell and change it.</div>'
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #27d08121
+# %% ../../nbs/api/12_widgets_recall.ipynb #21cae57c
 def _points(score:float)->str: return f'{score:.2f}'.rstrip('0').rstrip('.')
 
 def score_text(given:pd.DataFrame)->str: # of `answers_frame`
@@ -58,7 +58,7 @@ def score_html(
     weak = list(dict.fromkeys(frame.query('score<1').concept))
     return f'<p role="status"><b>{as_text(score_text(frame))}</b>. {as_text("Go over again: "+", ".join(weak)+"." if weak else "Nothing to go over again.")}</p><div style="overflow-x:auto">{still_table(rows)}</div>'
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #53ae1c77
+# %% ../../nbs/api/12_widgets_recall.ipynb #7e8e53ef
 _MODES = {'Cards': 'cards', 'Test of ten': 'test'}
 
 class Recall(widgets.VBox):
@@ -76,7 +76,7 @@ class Recall(widgets.VBox):
         self.add_class('lnb')
         self.cards()
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #ebcdfe80
+# %% ../../nbs/api/12_widgets_recall.ipynb #2f90aab4
 _RATING_TIPS = dict(again='I did not know it', hard='I knew it, with trouble', good='I knew it', easy='I knew it at once')
 
 def _button(name, tip, width='130px'): return widgets.Button(description=name, tooltip=tip, layout=widgets.Layout(width=width))
@@ -108,7 +108,7 @@ def _wire(self:Recall):
     for r,b in self.ratings.items(): b.on_click(lambda _, r=r: (self.rate(r), self.main.focus()))
 Recall._wire = _wire
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #9c850755
+# %% ../../nbs/api/12_widgets_recall.ipynb #b38da228
 def _turn(self:Recall, item):
     "Go to an item."
     self.item,self.revealed,self.last,self.proof,self.notice = item,False,None,None,''
@@ -154,7 +154,7 @@ def rate(self:Recall, rating:str)->Recall:
     return self.cards(self.level['cards'])
 Recall.rate = rate
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #bb267449
+# %% ../../nbs/api/12_widgets_recall.ipynb #03772cdb
 def start(self:Recall, level:str|None=None, seed:int|None=None)->Recall:
     "Draw a test of ten and ask its first question. `level` of `LEVELS`; None: easy, medium and hard."
     self.test = draw_test(self.items, self.progress, level, seed=self.seed if seed is None else seed)
@@ -166,7 +166,7 @@ def answer(self:Recall, given:str)->Grade:
     "Answer the question: the text of a choice, what the cell prints, or your explanation."
     self._asks('choice', 'output', 'free')
     if self.last: raise RuntimeError('This question is answered: call next_question().')
-    self.last = grade(self.item, given)
+    self.last = grade(self.item, given := str(given))
     self.given.append(given)
     setattr({'choice': self.radio, 'output': self.line, 'free': self.words}[self.item.kind], 'value', given)
     self._record(score=self.last.score)
@@ -194,7 +194,7 @@ def show_me(self:Recall)->str:
     return printed
 Recall.show_me = show_me
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #8f6b9b20
+# %% ../../nbs/api/12_widgets_recall.ipynb #e37d0c97
 def _visible(widget, shown):
     now = None if shown else 'none'
     if widget.layout.display!=now: widget.layout.display = now
@@ -228,7 +228,7 @@ def _feedback_html(self:Recall)->str:
     return f'<div class="lnb-answer" role="status" style="border-color:{COLOUR["adapter"]}">{as_text(self.item.answer)}</div>' if self.revealed else ''
 Recall._feedback_html = _feedback_html
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #da3d4f3a
+# %% ../../nbs/api/12_widgets_recall.ipynb #9aac54cf
 def _main_text(self:Recall)->tuple: # (name, tooltip) of the main button
     if self.mode=='cards': return 'Show answer','Turn the card over'
     if self.item is None: return ('New test' if self.finished else 'Start the test'),'Draw ten questions'
@@ -269,7 +269,7 @@ def _controls(self:Recall):
         for r,b in self.ratings.items(): b.tooltip = f'{_RATING_TIPS[r]}: asked again in {seconds_text((reviewed(card, r, now).due-now).total_seconds())}'
 Recall._controls = _controls
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #4958d2ae
+# %% ../../nbs/api/12_widgets_recall.ipynb #cc7e75be
 def _press(self:Recall, _=None):
     "The main button."
     if self.mode=='cards':
@@ -310,7 +310,7 @@ def _level_chosen(self:Recall, change):
     if self.item is not None: self.start(level)
 Recall._level_chosen = _level_chosen
 
-# %% ../../nbs/api/12_widgets_recall.ipynb #1a66d3ee
+# %% ../../nbs/api/12_widgets_recall.ipynb #1c2d07b4
 def data(self:Recall, name:str='progress')->pd.DataFrame:
     "'progress': a row for each item (`progress_frame`); 'test': the answers of the test so far (`answers_frame`)."
     if name not in ('progress', 'test'): raise KeyError(f"{name!r}: expected 'progress' or 'test'")
