@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api/14_all.ipynb #977b244c
-from . import adapter,codebook,data,linear4bit,lora,loss,memory,merge,models,quantize,ranks,recall,sensitivity,spectra,trainer
-from .widgets import look,live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,chat_compare,recall as recall_widget
+# %% ../nbs/api/14_all.ipynb #347039ca
+from . import adapter,codebook,data,fit,linear4bit,lora,loss,memory,merge,models,quantize,ranks,recall,sensitivity,spectra,trainer
+from .widgets import look,live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,fit_planner,chat_compare,recall as recall_widget
 
 look.ready_notebook()
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, recall, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, chat_compare, recall_widget)
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, recall, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, fit_planner, chat_compare, recall_widget)
 __all__ = [name for m in _modules for name in m.__all__]
 
-# %% ../nbs/api/14_all.ipynb #89cb306e
+# %% ../nbs/api/14_all.ipynb #2e3a1ca2
 from .codebook import *
 from .quantize import *
 from .linear4bit import *
@@ -25,6 +25,7 @@ from .loss import *
 from .trainer import *
 from .spectra import *
 from .memory import *
+from .fit import *
 from .sensitivity import *
 from .merge import *
 from .ranks import *
@@ -34,5 +35,6 @@ from .widgets.quant_explorer import *
 from .widgets.merge_report import *
 from .widgets.adapter_inspector import *
 from .widgets.rank_spectrum import *
+from .widgets.fit_planner import *
 from .widgets.chat_compare import *
 from .widgets.recall import *

@@ -15,6 +15,7 @@ from live_tiny import tiny_run
 from merge_tiny import model, samples, tiny_report
 from lora_nb.quantize import NF4, FP4
 from lora_nb.widgets.adapter_inspector import AdapterInspector
+from lora_nb.widgets.fit_planner import FitPlanner
 from lora_nb.widgets.live_run import LiveRun
 from lora_nb.widgets.merge_report import MergeReport
 from lora_nb.widgets.quant_explorer import QuantExplorer
@@ -25,6 +26,7 @@ run = tiny_run('run').wait(progress=False)""",
     inspector="inspector = AdapterInspector(run.adapter)\ninspector",
     spectrum="spectrum = RankSpectrum(run.adapter)\nspectrum",
     report="report = tiny_report()\nMergeReport(report)",
+    planner="planner = FitPlanner('llama3-8b', 'T4', seq=2048)\nplanner",
     past="LiveRun('run')",
     recall="recall = Recall('recall.json', seed=0).start()\nwhile not recall.finished: recall.answer(recall.item.wrong[0][0] if recall.item.wrong else recall.item.answer); recall.next_question()\nrecall",
     told="""f, n = explorer.data('facts'), inspector.norms('left').loc[inspector.layer]
@@ -34,6 +36,7 @@ print(json.dumps(dict(
     spectrum=[f"effective rank {spectrum.data('ranks').value[spectrum.step()]:.2f} of 4"],
     report=[*report.index, f"{report.loss.iloc[0]:.4f}", 'recommended'],
     recall=[f'{recall.score:g} of 10 points', *recall.data('test').level, f'{recall.data().reviews.sum()} of {len(recall.items)} items seen'],
+    planner=['too much', f'up to {planner.plan().longest:,} tokens', *[name for name, _ in planner.plan().changes()]],
     past=['finished', f'step {run.step} of {run.total_steps}', f"loss"])))""")
 
 
