@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_tensors', 'load_optimizer_tensors',
            'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'score_answers',
-           'checkpoints', 'add_noise', 'OutOfMemory', 'memory_advice', 'read_events', 'PastRun', 'to_tensorboard']
+           'checkpoints', 'add_noise', 'BadCheckpoint', 'read_state', 'OutOfMemory', 'memory_advice', 'read_events',
+           'PastRun', 'to_tensorboard']
 
 # %% ../nbs/api/09_trainer.ipynb #90c4e1e7
-import json,math,os,shutil,threading,time
+import atexit,json,math,os,shutil,signal,threading,time,weakref
 from contextlib import nullcontext
 from dataclasses import dataclass,asdict,replace
 from pathlib import Path
@@ -16,9 +17,10 @@ import pandas as pd,psutil
 import torch
 from accelerate import Accelerator,DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock,Timeout
 from safetensors.torch import load_file,save_file
 from tqdm.auto import tqdm
-from .adapter import adapters,_fsync
+from .adapter import adapters,_fsync,_onto_disk
 from .data import batch_order,collate,collate_packed,pack_order
 from .fast import fast_loss,fast_scores
 from .memory import free_at_once,held
@@ -69,6 +71,8 @@ def check_settings(s:Settings):
     need(number(s.neftune) and s.neftune>=0, 'neftune', 'a number from 0')
     need(s.optimizer in OPTIMIZERS, 'optimizer', f'one of {list(OPTIMIZERS)}')
     need(number(s.lr_ratio) and s.lr_ratio>0, 'lr_ratio', 'a number above 0')
+    for name in ('packing','checkpointing'): need(isinstance(getattr(s, name), bool), name, 'True or False')
+    need(isinstance(s.seed, int) and not isinstance(s.seed, bool) and 0<=s.seed<2**63, 'seed', 'a whole number from 0')
 
 # %% ../nbs/api/09_trainer.ipynb #40bd9117
 def _whole_folder(path, write):
@@ -114,7 +118,7 @@ def load_optimizer_tensors(opt, names:list, tensors:dict):
     opt.load_state_dict(dict(state={i:state[n] for i,n in enumerate(names)}, param_groups=opt.state_dict()['param_groups']))
 
 # %% ../nbs/api/09_trainer.ipynb #2f21280e
-class NonFiniteLoss(FloatingPointError): "The loss became NaN or infinite; the message names the step and the samples."
+class NonFiniteLoss(FloatingPointError): "The loss or its gradient became NaN or infinite; the message names the step and the samples."
 
 # %% ../nbs/api/09_trainer.ipynb #259e9a2e
 def _plain(x):
@@ -134,6 +138,7 @@ class Run:
         self._go,self._stop,self._save,self._done = threading.Event(),threading.Event(),threading.Event(),threading.Event()
         self._go.set()
         self._file,self._thread,self._undo,self._lr = None,None,None,None
+        self._unwritten,self._whole,self._held = [],True,None
 
     model = property(lambda self: self.trainer.model)
     adapter = property(lambda self: self.trainer.adapter)
@@ -162,14 +167,26 @@ class Run:
         return f"Run {self.state} at step {self.step} of {self.total_steps}, loss {last:.3f}, in {self.out}"
 
 # %% ../nbs/api/09_trainer.ipynb #099de45f
+def _write(self:Run, event):
+    "Append the event, and those that wait, to events.jsonl."
+    told,end = bool(self._unwritten),os.fstat(self._file.fileno()).st_size
+    self._unwritten.append(json.dumps(event)+'\n')
+    left = memoryview(''.join(self._unwritten).encode())
+    try:
+        while left: left = left[self._file.write(left):]
+        self._unwritten.clear()
+    except OSError as e:
+        self._file.truncate(end)
+        if not told: self.events.append(dict(event, kind='warning', text=f"events.jsonl cannot be written: {e}. The events are kept in memory until it can."))
+Run._write = _write
+
+# %% ../nbs/api/09_trainer.ipynb #deafb25d
 def _publish(self:Run, kind, **fields):
     event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
     with self._lock:
         subs = list(self._subs)
         if _plain(event): self.events.append(event)
-    if self._file and _plain(event):
-        self._file.write(json.dumps(event)+'\n')
-        self._file.flush()
+    if self._file and _plain(event): self._write(event)
     for fn in subs:
         try: fn(event)
         except Exception as e:
@@ -269,7 +286,7 @@ def _obey(self:Run)->tuple: # (stop, paused)
     if stop: self._stop.set()
     if save:
         self._save.clear()
-        self.trainer._checkpoint(self)
+        self.trainer._try_checkpoint(self)
     if lr is not None:
         self.trainer._rescale(self, lr)
         self._lr = None
@@ -300,7 +317,7 @@ def wait(
     bar = tqdm(total=self.total_steps, initial=self.step, unit='step', disable=not progress)
     try:
         while not self._done.wait(.2): self._while_waiting(bar)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         self.stop()
         self._done.wait()
         raise
@@ -329,9 +346,14 @@ class _LossModule(torch.nn.Module):
 
 # %% ../nbs/api/09_trainer.ipynb #1448b75a
 def _free_folder(out):
-    "`out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten."
+    "Makes `out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten, and two kernels never get one folder."
     out = Path(out)
-    return next(p for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))) if not p.exists())
+    for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))):
+        try:
+            p.mkdir(parents=True)
+            return p
+        except FileExistsError: continue
+    raise FileExistsError(f"{out} and {out}-2 to {out}-9999 are all there; give another out.")
 
 # %% ../nbs/api/09_trainer.ipynb #7043850b
 def trained_adapter(model):
@@ -393,6 +415,7 @@ def _place(self:Trainer):
     fp16 = any(p.dtype==torch.float16 for p in self.model.parameters())
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False) # a 4-bit base is buffers, the same in every process
     self.accelerator = acc = Accelerator(cpu=self.device.type=='cpu', mixed_precision='fp16' if fp16 else 'no', kwargs_handlers=[ddp])
+    self.scaler = acc.scaler
     if acc.distributed_type not in ('NO','MULTI_CPU','MULTI_GPU'):
         raise ValueError(f"accelerate was set up for {acc.distributed_type.value}; this trainer runs on one device or with DDP (accelerate launch --multi_gpu). A 4-bit base is small enough to lie on every card whole.")
     self.rank,self.world = acc.process_index,acc.num_processes
@@ -459,18 +482,23 @@ def _step(self:Trainer, run, micro):
     batches = pick(micro)
     samples = [s for mb in batches for x in mb for s in (x if isinstance(x, list) else [x])]
     try: total = self._backward(batches, sum(s.n_labels for s in samples))
-    except torch.OutOfMemoryError as e: raise self._out_of_memory(run, samples) from e
-    if not math.isfinite(total):
-        self.optimizer.zero_grad()
-        rows = [s.row for s in samples]
-        raise NonFiniteLoss(f"The loss is {total} at step {run.step+1}; its samples are rows {rows}. Last good checkpoint: {run.checkpoint or 'none yet'}. "
-                            "Lower lr, or look at those rows.")
+    except torch.OutOfMemoryError as e:
+        self._rescue(run)
+        raise self._out_of_memory(run, samples) from e
+    if not math.isfinite(total): raise self._not_finite(run, 'loss', total, samples)
     norm = self.accelerator.clip_grad_norm_([p for _,p in self.named], self.settings.clip or math.inf)
+    if self.scaler is None and not math.isfinite(norm): raise self._not_finite(run, "gradient's norm", float(norm), samples) # with a scaler the step is left out
+    run._whole = False
     self.optimizer.step()
     self.scheduler.step()
     self.optimizer.zero_grad()
     return total,float(norm),sum(map(len, samples))
-Trainer._step = _step
+def _not_finite(self:Trainer, run, what, number, samples):
+    "The error to raise; the weights are still those of the step before."
+    self.optimizer.zero_grad()
+    self._rescue(run)
+    return NonFiniteLoss(f"The {what} is {number} at step {run.step+1}; its samples are rows {[s.row for s in samples]}. Last good checkpoint: {run.checkpoint or 'none yet'}. Lower lr, or look at those rows.")
+Trainer._step,Trainer._not_finite = _step,_not_finite
 
 # %% ../nbs/api/09_trainer.ipynb #18091602
 @torch.no_grad()
@@ -525,7 +553,7 @@ def _evaluate(self:Trainer, run):
     better = loss<run.best
     if better: run.best,run.waited = loss,0
     else: run.waited += 1
-    if better and self.settings.patience and run.step: self._checkpoint(run, 'best')
+    if better and self.settings.patience and run.step: self._try_checkpoint(run, 'best')
 Trainer._evaluate = _evaluate
 
 # %% ../nbs/api/09_trainer.ipynb #7b3f1572
@@ -559,7 +587,7 @@ def _write_checkpoint(self:Trainer, run, random, folder):
     for f in adapter.iterdir(): f.rename(folder/f.name)
     adapter.rmdir()
     mine = {f'adapter::{k}':v.cpu().contiguous() for k,v in self.adapter.state_dict().items()}
-    save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
+    with _onto_disk(folder/'training.safetensors'): save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
     state = dict(step=run.step, total_steps=self.total_steps, settings=asdict(self.settings), scheduler=self.scheduler.state_dict(), samples=len(self.data.train), best=run.best if math.isfinite(run.best) else None, waited=run.waited)
     (folder/'run.json').write_text(json.dumps(state, indent=1))
 Trainer._write_checkpoint = _write_checkpoint
@@ -584,6 +612,19 @@ def _checkpoint(self:Trainer, run, name='checkpoint'):
     run._publish('checkpoint', path=str(path))
     return path
 Trainer._checkpoint = _checkpoint
+
+# %% ../nbs/api/09_trainer.ipynb #dac950c5
+def _try_checkpoint(self:Trainer, run, name='checkpoint'):
+    "`_checkpoint`, with a warning where the disk refuses it."
+    try: self._checkpoint(run, name)
+    except OSError as e: run._publish('warning', text=f"The checkpoint of step {run.step} could not be written: {e}. The run goes on; its newest checkpoint is {run.checkpoint or 'none yet'}.")
+
+def _rescue(self:Trainer, run):
+    "A checkpoint of the last whole step of a run that fails."
+    if self.world>1 or not run.step or not run._whole or not all(p.isfinite().all() for _,p in self.named): return
+    try: self._checkpoint(run)
+    except Exception as e: run._publish('warning', text=f"The checkpoint of step {run.step} could not be written: {e}. The adapter in memory is that step's: adapter.save(folder) writes it elsewhere.")
+Trainer._try_checkpoint,Trainer._rescue = _try_checkpoint,_rescue
 
 # %% ../nbs/api/09_trainer.ipynb #be91cde1
 def _steps(self:Trainer, start):
@@ -623,10 +664,10 @@ def _train(self:Trainer, run):
         t = time.perf_counter()
         lr = self.scheduler.get_last_lr()[0]
         loss,norm,tokens = self._step(run, micro)
-        run.step,run.epoch = step,epoch
+        run.step,run.epoch,run._whole = step,epoch,True
         run._publish('step', epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_s=round(tokens/(time.perf_counter()-t), 1))
         if step%self.eval_every==0 or step==self.total_steps: self._evaluate(run)
-        if self.settings.save_every and step%self.settings.save_every==0 and step<self.total_steps: self._checkpoint(run)
+        if self.settings.save_every and step%self.settings.save_every==0 and step<self.total_steps: self._try_checkpoint(run)
         if self.settings.patience and run.waited>=self.settings.patience:
             run._publish('early stop', text=f"No better held-out loss in {run.waited} evaluations; the best was {run.best:.4f}")
             break
@@ -636,31 +677,88 @@ def _train(self:Trainer, run):
 Trainer._train = _train
 
 # %% ../nbs/api/09_trainer.ipynb #7b9dcfd5
+_live = weakref.WeakSet()
+
+def _refuse_busy(model):
+    for r in list(_live):
+        if r.model is model: raise RuntimeError(f"This model is being trained already, by the run in {r.out} (step {r.step}). Call its stop() and wait(), or load another copy of the model.")
+
+def _hold(out):
+    "A lock in a run's folder, held; None where the file system has no locks."
+    lock = FileLock(out/'.lock', thread_local=False)
+    try: lock.acquire(timeout=0)
+    except (Timeout, OSError, NotImplementedError): return None
+    return lock
+
+def _let_go(lock):
+    if lock is None: return
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+def _writer(out):
+    "Which process writes to this run's folder, in words; '' for none."
+    if not (out/'.lock').exists(): return ''
+    lock = FileLock(out/'.lock', thread_local=False)
+    try: lock.acquire(timeout=0)
+    except Timeout: return ' (in this kernel)' if any(r.out.resolve()==out.resolve() for r in list(_live)) else ' (in another process)'
+    except (OSError, NotImplementedError): return ''
+    lock.release()
+    return ''
+
+# %% ../nbs/api/09_trainer.ipynb #9b25ac4e
+def _end_all():
+    "Stop what is running, with its checkpoint, and wait for it. A forked child has no such threads and does not wait."
+    runs = [r for r in list(_live) if r._thread and r._thread.is_alive()]
+    for r in runs: r.stop()
+    for r in runs:
+        while r._thread.is_alive() and not r._done.wait(.1): pass
+atexit.register(_end_all)
+
+def _on_sigterm(*_):
+    def end():
+        _end_all()
+        os._exit(128+signal.SIGTERM)
+    threading.Thread(target=end, daemon=True).start()
+
+def _hear_sigterm():
+    "From now on SIGTERM waits for the runs' checkpoints, unless the program has its own way with it."
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM)==signal.SIG_DFL: signal.signal(signal.SIGTERM, _on_sigterm)
+
+# %% ../nbs/api/09_trainer.ipynb #af71e785
 def _work(self:Trainer, run):
     "Runs `_train` to its end and leaves the run in its last state, whatever happens."
     try:
         if self.rank==0:
-            run.out.mkdir(parents=True)
-            run._file = open(run.out/'events.jsonl', 'a', encoding='utf-8')
+            run.out.mkdir(parents=True, exist_ok=True)
+            run._held = _hold(run.out)
+            run._file = open(run.out/'events.jsonl', 'ab', buffering=0)
         run._set_state('running')
         end = self._train(run)
     except BaseException as e:
         run.error,end = e,'failed'
+        if not isinstance(e, (NonFiniteLoss,OutOfMemory)): self._rescue(run) # those two have done it
         run._publish('error', text=f"{type(e).__name__}: {e}")
-    self.model.eval()
-    if run._undo: run._undo()
-    if self.settings.checkpointing: self.model.gradient_checkpointing_disable()
-    run._set_state(end)
-    if run._file: run._file.close()
-    run._file = None
-    run._done.set()
+    try:
+        self.model.eval()
+        if run._undo: run._undo()
+        if self.settings.checkpointing: self.model.gradient_checkpointing_disable()
+        run._set_state(end)
+        if run._file: run._file.close()
+        _let_go(run._held)
+    finally:
+        run._file = run._held = None
+        _live.discard(run)
+        run._done.set()
 Trainer._work = _work
 
-# %% ../nbs/api/09_trainer.ipynb #9b25ac4e
+# %% ../nbs/api/09_trainer.ipynb #482364c5
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once."
-    out = broadcast_object_list([_free_folder(self.out)])[0]
+    _refuse_busy(self.model)
+    out = broadcast_object_list([_free_folder(self.out) if self.rank==0 else None])[0]
     run = Run(self, out)
+    _live.add(run)
+    _hear_sigterm()
     run._thread = threading.Thread(target=self._work, args=(run,), name=f"lora_nb {run.out}", daemon=True)
     run._thread.start()
     return run
@@ -670,14 +768,64 @@ def fit(self:Trainer)->Run:
 Trainer.start,Trainer.fit = start,fit
 
 # %% ../nbs/api/09_trainer.ipynb #cec0f551
+class BadCheckpoint(ValueError): "A checkpoint whose files are damaged or do not fit this run; the adapter was not changed."
+
+def _whole_number(x, least=0): return isinstance(x, int) and not isinstance(x, bool) and x>=least
+def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+def read_state(
+    folder # a checkpoint's
+)->dict:   # step, total_steps, settings, scheduler, samples, best, waited
+    "What run.json says, checked. BadCheckpoint."
+    file = Path(folder)/'run.json'
+    try: s = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise BadCheckpoint(f"{file} is not JSON: {e}") from None
+    if not isinstance(s, dict): raise BadCheckpoint(f"{file} holds a {type(s).__name__}, expected an object.")
+    right = dict(step=_whole_number, total_steps=lambda x: _whole_number(x, 1), samples=_whole_number, waited=_whole_number, best=lambda x: x is None or _number(x), settings=lambda x: isinstance(x, dict), scheduler=lambda x: isinstance(x, dict))
+    for k,ok in right.items():
+        if k not in s or not ok(s[k]): raise BadCheckpoint(f"{file}: {k} is {f'{s[k]!r:.80}' if k in s else 'missing'}; a run writes another thing there.")
+    if s['step']>s['total_steps']: raise BadCheckpoint(f"{file}: step {s['step']} of {s['total_steps']}.")
+    try: check_settings(Settings(**s['settings']))
+    except (TypeError, ValueError) as e: raise BadCheckpoint(f"{file}: settings that are none: {e}") from None
+    return s
+
+# %% ../nbs/api/09_trainer.ipynb #01745698
+def _training_tensors(folder):
+    file = folder/'training.safetensors'
+    try: return load_file(file)
+    except Exception as e: raise BadCheckpoint(f"{file} is not a whole safetensors file: {e}") from None
+
+def _schedule(s, groups, folder):
+    "The fields of a scheduler's state that are numbers; all else of it is this run's own."
+    lists = all(isinstance(s.get(k), list) and len(s[k])==groups and all(map(_number, s[k])) for k in ('base_lrs','_last_lr'))
+    if not lists or not all(_whole_number(s.get(k)) for k in ('last_epoch','_step_count')): raise BadCheckpoint(f"{folder/'run.json'}: the scheduler's state does not fit {groups} groups of parameters.")
+    return {k: s[k] for k in ('base_lrs','_last_lr','last_epoch','_step_count')}|dict(lr_lambdas=[None]*groups)
+
+def _check_optimizer(tensors, params, folder):
+    "BadCheckpoint for a state of another parameter, or of another size than it."
+    for key,t in tensors.items():
+        name,*path = key.split('::')
+        if name not in params or not path: raise BadCheckpoint(f"{folder/'training.safetensors'}: {key!r} belongs to no parameter that trains.")
+        if path[0] in ('exp_avg','exp_avg_sq','state1','state2') and t.shape!=params[name].shape: raise BadCheckpoint(f"{folder/'training.safetensors'}: {key!r} has shape {tuple(t.shape)}, its parameter {tuple(params[name].shape)}.")
+        if t.is_floating_point() and not t.isfinite().all(): raise BadCheckpoint(f"{folder/'training.safetensors'}: {key!r} holds NaN or infinity.")
+
+# %% ../nbs/api/09_trainer.ipynb #e84a20a5
 def _restore(self:Trainer, run):
     folder = Path(self._resume_from)
-    state = json.loads((folder/'run.json').read_text())
-    tensors = load_file(folder/'training.safetensors')
-    self._set_random_state({k:tensors.pop(k) for k in ('rng','cuda_rng') if k in tensors})
-    self.adapter.load_state_dict({k.removeprefix('adapter::'):tensors.pop(k) for k in list(tensors) if k.startswith('adapter::')})
-    load_optimizer_tensors(self.optimizer, self.names, tensors)
-    self.scheduler.load_state_dict(state['scheduler'])
+    state,tensors = read_state(folder),_training_tensors(folder)
+    random = {k:tensors.pop(k) for k in ('rng','cuda_rng') if k in tensors}
+    adapter = {k.removeprefix('adapter::'):tensors.pop(k) for k in list(tensors) if k.startswith('adapter::')}
+    schedule = _schedule(state['scheduler'], len(self.optimizer.param_groups), folder)
+    _check_optimizer(tensors, {n: p for n,p in self.named}, folder)
+    before = torch.get_rng_state()
+    try:
+        self._set_random_state(random)
+        load_optimizer_tensors(self.optimizer, self.names, tensors)
+        self.adapter.load_state_dict(adapter)
+    except (KeyError,TypeError,ValueError,RuntimeError,IndexError,AttributeError) as e:
+        torch.set_rng_state(before)
+        raise BadCheckpoint(f"{folder} does not fit: {e}") from e
+    self.scheduler.load_state_dict(schedule)
     for g,lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()): g['lr'] = lr
     run.step,run.best,run.waited = state['step'],state['best'] if state['best'] is not None else math.inf,state['waited']
     return run.step
@@ -709,7 +857,8 @@ def resume_run(cls,
 ):
     "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it."
     folder = _newest(folder)
-    state = json.loads((folder/'run.json').read_text())
+    if (by := _writer(folder.parent)): raise RuntimeError(f"{folder.parent} is being written by a run that is still going{by}. Stop that one first, or copy the checkpoint elsewhere and resume the copy.")
+    state = read_state(folder)
     if state['samples']!=len(data.train): raise ValueError(f"The checkpoint was trained on {state['samples']} samples, data has {len(data.train)}: resume with the same data")
     t = cls(model, data, out or folder.parent, score, **state['settings'])
     t._resume_from = folder
@@ -762,7 +911,9 @@ def read_events(
         try:
             e = json.loads(line)
             if not (isinstance(e, dict) and isinstance(e.get('kind'), str) and all(isinstance(e.get(k), (int, float)) for k in ('step','time'))): raise ValueError("expected an object with kind, step and time")
-        except ValueError as err:
+            need = dict(step=('loss','lr','epoch','tokens'), eval=('loss',)).get(e['kind'], ())
+            if odd := [k for k in need if not isinstance(e.get(k), (int, float))]: raise ValueError(f"{odd[0]} is no number")
+        except (ValueError, RecursionError) as err:
             if i==len(lines): break # cut short
             raise ValueError(f"{file}, line {i}: no event of a run ({err})") from None
         events.append(e)
@@ -778,7 +929,7 @@ class PastRun:
         self.state,self.error = last('state', 'state', 'cut off'),last('error', 'text', None)
         if self.state in ('running','paused'): self.state = 'cut off'
         self.step,saved = last('step', 'step', 0),self.checkpoint
-        self.total_steps = json.loads((saved/'run.json').read_text())['total_steps'] if saved else self.step
+        self.total_steps = read_state(saved)['total_steps'] if saved else self.step
 
     model = adapter = None
     log,evals = Run.log,Run.evals
