@@ -7,7 +7,7 @@ An input must be accepted, or refused with the reader's own error, raised in lor
 folder as it was and, where it is refused, the model too. The readers run in a child process that is watched: one that dies or hangs
 is counted, and a new one goes on with the next input. `--atheris` lets libFuzzer choose the bytes, guided by coverage (pip install atheris).
 """
-import argparse, copy, csv, io, json, os, random, resource, shutil, string, struct, subprocess, sys, tempfile, time, traceback, warnings
+import argparse, copy, csv, io, json, os, random, resource, shutil, struct, subprocess, sys, tempfile, time, traceback, warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,9 +164,6 @@ def nested_gguf(depth): return struct.pack('<4sIQQ', b'GGUF', 3, 0, 1)+text_byte
 
 # --- readers --------------------------------------------------------------------------------------------------------------
 
-class Refused(Exception): "The input was refused as it should be."
-
-
 class Reader:
     "`make(rng)` writes an input to `self.folder`; `read()` reads it. `own`: the errors that say no."
     own = ValueError,FileNotFoundError
@@ -259,7 +256,9 @@ class Codes(Reader):
         from lora_nb.quantize import FP4,INT4,NF4,quantize
         torch.manual_seed(0)
         w = torch.randn(16, 40)
-        self.states = [quantize(w, c).state_dict() for c in (NF4(), NF4(double=True), FP4(), INT4())]
+        made = [quantize(w, c) for c in (NF4(), NF4(double=True), FP4(), INT4())]
+        for q in made: q.dequantize() # imports bitsandbytes
+        self.states = [q.state_dict() for q in made]
     def make(self, rng):
         import torch
         sd = dict(rng.choice(self.states))
@@ -324,13 +323,11 @@ class AdapterFolder(Reader):
 
 
 class Inspector(AdapterFolder):
-    own = ValueError,FileNotFoundError
     def good(self):
-        super().good()
-        self.own = ValueError,FileNotFoundError
-    def read(self):
         from lora_nb.widgets.adapter_inspector import norm_frame
-        norm_frame(self.folder)
+        super().good()
+        self.own,self.look = (ValueError,FileNotFoundError),norm_frame
+    def read(self): self.look(self.folder)
 
 
 class Folder(Reader):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import regex
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
@@ -156,13 +156,13 @@ def find_targets(
 # %% ../nbs/api/05_adapter.ipynb #8c310edf
 class BadPattern(ValueError): "A regular expression that is none, or that takes for ever to say no."
 
-def _fits_within(pattern, path, seconds=2., whole=False):
-    "`re.match`, for expressions that came in a file: `(a+)+$` needs longer than anyone waits to say no."
+def _fits_within(pattern, path, seconds=.5, whole=False):
+    "`re.match`, for expressions that came in a file: some need longer than anyone waits to say no. `seconds` are the processor's."
     try: return (regex.fullmatch if whole else regex.match)(pattern, path, timeout=max(seconds, 1e-3))
     except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError, TypeError, ValueError, IndexError) as e:
-        raise BadPattern(f"The expression {pattern[:80]!r} cannot be used: {'it was not done after 2 s' if isinstance(e, TimeoutError) else e}.") from None
+        raise BadPattern(f"The expression {pattern[:80]!r} cannot be used: {'it was not done after half a second' if isinstance(e, TimeoutError) else e}.") from None
 
-def _rank_for(patterns, path, default, seconds=2.):
+def _rank_for(patterns, path, default, seconds=.5):
     "The value of the first pattern that fits the end of the path, as PEFT reads rank_pattern and alpha_pattern."
     return next((v for k,v in (patterns or {}).items() if _fits_within(rf'(.*\.)?({k})$', path, seconds)), default)
 
@@ -552,6 +552,12 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+@contextmanager
+def _onto_disk(file):
+    "safetensors tells of a full disk in an error of its own; here it is an `OSError` like any other."
+    try: yield
+    except SafetensorError as e: raise OSError(f'{file} could not be written: {e}') from e
+
 @patch_to(Adapter)
 def save(self,
     folder # made if it does not exist; other files in it are left alone
@@ -569,7 +575,7 @@ def save(self,
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
     try:
-        save_file(state, tmp/'adapter_model.safetensors', metadata=meta)
+        with _onto_disk(folder/'adapter_model.safetensors'): save_file(state, tmp/'adapter_model.safetensors', metadata=meta)
         (tmp/'adapter_config.json').write_text(json.dumps(self.config(), indent=2, sort_keys=True))
         for f in tmp.iterdir(): f.chmod(0o644); _fsync(f)
         if folder.exists():
@@ -689,7 +695,7 @@ def _moved_keys(model, state, file):
     return {f'base_model.model.{new[p]}{k.removeprefix("base_model.model."+p)}' if (p := path(k)) in new else k: t for k,t in state.items()}
 
 # %% ../nbs/api/05_adapter.ipynb #5d823a80
-def _peft_match(cfg, path, seconds=2.):
+def _peft_match(cfg, path, seconds=.5):
     "Does PEFT adapt this path under this config? (target_modules, exclude_modules, layers_to_transform, layers_pattern)"
     fits = lambda names: _fits_within(names, path, seconds, whole=True) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
     if cfg.get('exclude_modules') and fits(cfg['exclude_modules']): return False
@@ -703,15 +709,15 @@ def _planned(model, cfg, file):
     modules,names = base_modules(model),cfg.get('target_modules')
     if isinstance(names, str) and names.lower()=='all-linear': paths = list(find_targets(model, 'all-linear'))
     else:
-        end = time.monotonic()+2
-        try: paths = [p for p in modules if _peft_match(cfg, p, end-time.monotonic())]
+        end = time.process_time()+.5
+        try: paths = [p for p in modules if _peft_match(cfg, p, end-time.process_time())]
         except BadPattern as e: raise BadAdapterFile(f'{file}: in target_modules, exclude_modules or layers_pattern: not a regular expression that can be used. {e}') from None
     if not paths: raise AdapterMismatch(f'{file}: target_modules={_some(_names(names))} fits no module of this {type(model).__name__}. Nothing was changed.')
     if odd := [p for p in paths if layer_class(modules[p]) is None]:
         raise UnsupportedAdapter(f'{file} adapts {odd[0]}, a {type(modules[odd[0]]).__name__}; only Linear, Linear4bit, Conv1D, Conv2d and Embedding are supported.')
     _tell_tied(model, modules, paths, cfg, file)
-    end = time.monotonic()+2
-    pick = lambda field,p,default: _rank_for(cfg.get(field), p, default, end-time.monotonic())
+    end = time.process_time()+.5
+    pick = lambda field,p,default: _rank_for(cfg.get(field), p, default, end-time.process_time())
     try: plan = {p: (pick('rank_pattern', p, cfg.get('r', 8)), pick('alpha_pattern', p, cfg.get('lora_alpha', 8))) for p in paths}
     except BadPattern as e: raise BadAdapterFile(f'{file}: in rank_pattern or alpha_pattern: {e}') from None
     wanted = {}

@@ -88,7 +88,7 @@ def _shards(index):
     for o in sorted(set(where.values())):
         if PurePosixPath(o).is_absolute() or ".." in PurePosixPath(o).parts or "\\" in o or ":" in o:
             raise BadModel(f"{index} names the shard '{o}', which lies outside of its folder. Such an index is not read.")
-    gone = [o for o in sorted(set(where.values())) if not (index.parent/o).is_file()]
+    with _reading(index): gone = [o for o in sorted(set(where.values())) if not (index.parent/o).is_file()] # a name may be too long for the system
     if gone: raise FileNotFoundError(f"{index} names {len(gone)} shards that are not there: {', '.join(gone[:5])}. Download the folder again.")
     return {k: index.parent/v for k,v in where.items()}
 

@@ -413,6 +413,7 @@ def from_state_dict(cls,
         f = json.loads(bytes(part[facts[0]].cpu().tolist()))
         shape, dtype = [int(n) for n in f["shape"]], getattr(torch, f["dtype"])
         if dtype not in _TYPES or min(shape, default=0) < 0 or shape != f["shape"]: raise ValueError(f"a tensor of {f['dtype']} and shape {f['shape']}")
+        if not isinstance(f["quant_type"], str) or not isinstance(f["blocksize"], int): raise ValueError(f"quant_type {f['quant_type']!r} and blocksize {f['blocksize']!r}")
         book = _book(f["quant_type"], part["quant_map"])
         packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"].contiguous().view(-1)
         nested = offset = table = None

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock,Timeout
 from safetensors.torch import load_file,save_file
 from tqdm.auto import tqdm
-from .adapter import adapters,_fsync
+from .adapter import adapters,_fsync,_onto_disk
 from .data import batch_order,collate,collate_packed,pack_order
 from .fast import fast_loss,fast_scores
 from .memory import held
@@ -586,7 +586,7 @@ def _write_checkpoint(self:Trainer, run, random, folder):
     for f in adapter.iterdir(): f.rename(folder/f.name)
     adapter.rmdir()
     mine = {f'adapter::{k}':v.cpu().contiguous() for k,v in self.adapter.state_dict().items()}
-    save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
+    with _onto_disk(folder/'training.safetensors'): save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
     state = dict(step=run.step, total_steps=self.total_steps, settings=asdict(self.settings), scheduler=self.scheduler.state_dict(), samples=len(self.data.train), best=run.best if math.isfinite(run.best) else None, waited=run.waited)
     (folder/'run.json').write_text(json.dumps(state, indent=1))
 Trainer._write_checkpoint = _write_checkpoint
