@@ -5,7 +5,7 @@
 A tiny model trains with dropout, 120 steps; the losses of a run that nothing happens to are the measure. A try survives where the run
 ends as it should (the right error, told, or no harm at all); something is lost where a step that was finished, an event, a checkpoint or
 a weight is not there afterwards, or where the resumed run's losses are not those of the whole one. The tries run in processes that are
-forked from this one, which never computes. Full and read-only disks are tmpfs mounts (this needs root); nothing is simulated but the NaN.
+forked from this one, which never trains. Full and read-only disks are tmpfs mounts (this needs root); nothing is simulated but the NaN.
 """
 import argparse, contextlib, json, os, random, re, shutil, signal, subprocess, sys, tempfile, time, traceback, warnings
 from pathlib import Path
@@ -19,6 +19,7 @@ from fuzz import tiny_model
 from lora_nb.adapter import add_lora
 from lora_nb.data import Sample
 from lora_nb.trainer import NonFiniteLoss, PastRun, Trainer, checkpoints, read_events
+from lora_nb.widgets.live_run import trouble_text
 
 STEPS = 120
 Lost = type('Lost', (AssertionError,), dict(__doc__="Something that was there is not."))
@@ -251,7 +252,6 @@ def not_a_number(where):
 def raises(out, whole, rng):
     at = rng.randint(5, 80)
     def work(o):
-        from lora_nb.widgets.live_run import trouble_text
         t = trainer(o)
         make = t._batch
         def bad(samples):
@@ -375,6 +375,7 @@ def main():
     warnings.simplefilter('ignore')
     rows = []
     folder = Path(tempfile.mkdtemp()) # no TemporaryDirectory: a forked child's exit would remove it
+    trainer(folder/'made') # imports what the children need
     in_child(lambda o: trainer(o).start().wait(False), folder/'whole')
     whole = losses(folder/'whole')
     assert len(whole)==STEPS

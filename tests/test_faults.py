@@ -99,7 +99,7 @@ def test_a_folder_in_use_is_not_resumed(tmp_path):
     while run.state != 'paused': pass
     model = tiny_llama()
     add_lora(model, r=8, alpha=16)
-    with pytest.raises(RuntimeError, match=r'still going \\(in this kernel\\)'): Trainer.resume(tmp_path/'r', model, counting())
+    with pytest.raises(RuntimeError, match=r'still going \(in this kernel\)'): Trainer.resume(tmp_path/'r', model, counting())
     run.stop()
     run.wait(False)
     assert not (tmp_path/'r/.lock').exists() and Trainer.resume(tmp_path/'r', model, counting()).fit().state == 'finished'
