@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['NOTHING_BEYOND', 'PEFT_FIELDS', 'bare', 'base_modules', 'layer_class', 'output_path', 'input_path', 'path_matches',
-           'block_index', 'TargetError', 'fused_experts', 'tied_to', 'untie', 'find_targets', 'targets_preview',
-           'Adapter', 'adapters', 'activate', 'find_modules', 'find_token_rows', 'plan_own', 'add_lora',
-           'AdapterMismatch', 'short_names', 'short_endings', 'fingerprint', 'weights_digest', 'BadAdapterFile',
-           'UnsupportedAdapter', 'load_adapter', 'train_only', 'by_row', 'combine', 'truncate', 'expand', 'loftq',
-           'extract']
+           'block_index', 'TargetError', 'fused_experts', 'tied_to', 'untie', 'find_targets', 'BadPattern',
+           'targets_preview', 'Adapter', 'adapters', 'activate', 'find_modules', 'find_token_rows', 'plan_own',
+           'add_lora', 'AdapterMismatch', 'short_names', 'short_endings', 'fingerprint', 'weights_digest',
+           'BadAdapterFile', 'UnsupportedAdapter', 'load_adapter', 'train_only', 'by_row', 'combine', 'truncate',
+           'expand', 'loftq', 'extract']
 
 # %% ../nbs/api/05_adapter.ipynb #b8623b73
-import difflib, hashlib, json, math, os, re, shutil, tempfile, warnings
+import difflib, hashlib, json, math, os, re, shutil, tempfile, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 import pandas as pd
+import regex
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn, Tensor
 from transformers.pytorch_utils import Conv1D
 from .linear4bit import Linear4bit
@@ -153,9 +154,17 @@ def find_targets(
     return {p: modules[p] for p in found}
 
 # %% ../nbs/api/05_adapter.ipynb #8c310edf
-def _rank_for(patterns, path, default):
+class BadPattern(ValueError): "A regular expression that is none, or that takes for ever to say no."
+
+def _fits_within(pattern, path, seconds=.5, whole=False):
+    "`re.match`, for expressions that came in a file: some need longer than anyone waits to say no. `seconds` are the processor's."
+    try: return (regex.fullmatch if whole else regex.match)(pattern, path, timeout=max(seconds, 1e-3))
+    except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError, TypeError, ValueError, IndexError) as e:
+        raise BadPattern(f"The expression {pattern[:80]!r} cannot be used: {'it was not done after half a second' if isinstance(e, TimeoutError) else e}.") from None
+
+def _rank_for(patterns, path, default, seconds=.5):
     "The value of the first pattern that fits the end of the path, as PEFT reads rank_pattern and alpha_pattern."
-    return next((v for k,v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', path)), default)
+    return next((v for k,v in (patterns or {}).items() if _fits_within(rf'(.*\.)?({k})$', path, seconds)), default)
 
 def targets_preview(
     model:nn.Module,
@@ -543,6 +552,12 @@ def _fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+@contextmanager
+def _onto_disk(file):
+    "safetensors tells of a full disk in an error of its own; here it is an `OSError` like any other."
+    try: yield
+    except SafetensorError as e: raise OSError(f'{file} could not be written: {e}') from e
+
 @patch_to(Adapter)
 def save(self,
     folder # made if it does not exist; other files in it are left alone
@@ -560,7 +575,7 @@ def save(self,
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
     try:
-        save_file(state, tmp/'adapter_model.safetensors', metadata=meta)
+        with _onto_disk(folder/'adapter_model.safetensors'): save_file(state, tmp/'adapter_model.safetensors', metadata=meta)
         (tmp/'adapter_config.json').write_text(json.dumps(self.config(), indent=2, sort_keys=True))
         for f in tmp.iterdir(): f.chmod(0o644); _fsync(f)
         if folder.exists():
@@ -582,7 +597,7 @@ _STARTS = {True: 'zeros', False: 'zeros', 'gaussian': 'zeros', 'orthogonal': 'ze
 
 def _read_config(file):
     try: cfg = json.loads(file.read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e: raise BadAdapterFile(f'{file} is not JSON: {e}.') from None
+    except (ValueError, RecursionError) as e: raise BadAdapterFile(f'{file} is not JSON: {e}.') from None
     if not isinstance(cfg, dict): raise BadAdapterFile(f'{file} holds a {type(cfg).__name__}; expected an object with PEFT\'s fields.')
     if str(cfg.get('peft_type', 'LORA')).upper() != 'LORA': raise UnsupportedAdapter(f"{file}: peft_type is {cfg['peft_type']!r}; only LORA is supported.")
     if used := [f for f in _REFUSED if cfg.get(f)]:
@@ -595,7 +610,8 @@ def _read_config(file):
         warnings.warn(f'{file}: unknown fields, kept but without effect: {_some(new)}. They may come from a newer PEFT.')
     return cfg
 
-def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+def _is_whole(v): return isinstance(v, int) and not isinstance(v, bool)
+def _is_number(v): return isinstance(v, float) or _is_whole(v)
 
 # %% ../nbs/api/05_adapter.ipynb #863a1292
 def _check_config(cfg, file):
@@ -611,7 +627,11 @@ def _check_config(cfg, file):
         if not isinstance(cfg.get(f), (str, type(None))) and not (isinstance(cfg[f], list) and all(isinstance(t, str) for t in cfg[f])):
             raise BadAdapterFile(f'{file}: {f} is {cfg[f]!r}; expected a list of names or one expression.')
     if cfg.get('bias', 'none') not in ('none', 'all', 'lora_only'): raise BadAdapterFile(f"{file}: bias is {cfg['bias']!r}; expected 'none', 'all' or 'lora_only'.")
-    v = cfg.get('modules_to_save') or []
+    v = cfg.get('layers_to_transform')
+    if not (v is None or _is_whole(v) or isinstance(v, list) and all(map(_is_whole, v))): raise BadAdapterFile(f'{file}: layers_to_transform is {v!r}; expected block numbers.')
+    v = cfg.get('layers_pattern')
+    if not (v is None or isinstance(v, str) or isinstance(v, list) and all(isinstance(t, str) for t in v)): raise BadAdapterFile(f'{file}: layers_pattern is {v!r}; expected a name or a list of names.')
+    v = [] if cfg.get('modules_to_save') is None else cfg['modules_to_save']
     if not isinstance(v, list) or not all(isinstance(t, str) for t in v): raise BadAdapterFile(f'{file}: modules_to_save is {v!r}; expected a list of names.')
     v = cfg.get('trainable_token_indices') or []
     for ids in v.values() if isinstance(v, dict) else [v]:
@@ -633,20 +653,32 @@ def _normal_key(key):
     if not (m := _KEY.match(key)): return key
     return f"base_model.model.{m['path']}.{m['what']}{'.weight' if m['what'] in ('lora_A', 'lora_B') else ''}"
 
-def _read_tensors(file):
-    from safetensors import safe_open
+@contextmanager
+def _opened(file):
+    "The file by `safe_open`. `BadAdapterFile` for whatever it or its tensors raise."
     try:
-        with safe_open(file, 'pt') as f: meta = f.metadata() or {}
-        raw = load_file(file)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise BadAdapterFile(f'{file} is not a whole safetensors file: {e}.') from None
+        with safe_open(file, 'pt') as f: yield f
+    except BadAdapterFile: raise
+    except Exception as e: raise BadAdapterFile(f'{file} is not a whole safetensors file: {e}.') from None
+
+def _read_header(file):
+    "PEFT's key → (key in the file, shape), and the metadata; no tensor is read before its shape is known to fit."
+    with _opened(file) as f: meta,found = f.metadata() or {},{k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    header = {}
+    for k,shape in found.items():
+        if (n := _normal_key(k)) in header: raise BadAdapterFile(f'{file} holds {n} twice, under two layouts.')
+        header[n] = k,shape
+    return header,meta
+
+def _read_tensors(file, header):
+    "PEFT's key → tensor, each finite."
     state = {}
-    for k,t in raw.items():
-        if (n := _normal_key(k)) in state: raise BadAdapterFile(f'{file} holds {n} twice, under two layouts.')
-        if not t.is_floating_point() and _KEY.match(k): raise BadAdapterFile(f'{file}: {k} is {t.dtype}; expected a float type.')
-        if not t.float().isfinite().all(): raise BadAdapterFile(f'{file}: {k} holds NaN or infinity.')
-        state[n] = t
-    return state,meta
+    with _opened(file) as f:
+        for n,(k,_) in header.items():
+            t = state[n] = f.get_tensor(k).clone()
+            if not t.is_floating_point() and _KEY.match(k): raise BadAdapterFile(f'{file}: {k} is {t.dtype}; expected a float type.')
+            if not t.float().isfinite().all(): raise BadAdapterFile(f'{file}: {k} holds NaN or infinity.')
+    return state
 
 # %% ../nbs/api/05_adapter.ipynb #98053fee
 def _moved_keys(model, state, file):
@@ -663,27 +695,31 @@ def _moved_keys(model, state, file):
     return {f'base_model.model.{new[p]}{k.removeprefix("base_model.model."+p)}' if (p := path(k)) in new else k: t for k,t in state.items()}
 
 # %% ../nbs/api/05_adapter.ipynb #5d823a80
-def _peft_match(cfg, path):
+def _peft_match(cfg, path, seconds=.5):
     "Does PEFT adapt this path under this config? (target_modules, exclude_modules, layers_to_transform, layers_pattern)"
-    fits = lambda names: re.fullmatch(names, path) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
+    fits = lambda names: _fits_within(names, path, seconds, whole=True) is not None if isinstance(names, str) else any(path==n or path.endswith('.'+n) for n in names or [])
     if cfg.get('exclude_modules') and fits(cfg['exclude_modules']): return False
     if not fits(cfg.get('target_modules')): return False
     if (only := cfg.get('layers_to_transform')) in (None, []): return True
     patterns = _names(cfg.get('layers_pattern')) or [r'[^.]*']
-    found = next((m for p in patterns if (m := re.match(rf'(?:^|.*?\.){p}\.(\d+)\.', path))), None)
-    return found is not None and int(found[1]) in ([only] if isinstance(only, int) else only)
+    found = next((m for p in patterns if (m := _fits_within(rf'(?:^|.*?\.)(?:{p})\.(?P<block>\d+)\.', path, seconds))), None)
+    return found is not None and int(found['block']) in ([only] if isinstance(only, int) else only)
 
 def _planned(model, cfg, file):
     modules,names = base_modules(model),cfg.get('target_modules')
     if isinstance(names, str) and names.lower()=='all-linear': paths = list(find_targets(model, 'all-linear'))
     else:
-        try: paths = [p for p in modules if _peft_match(cfg, p)]
-        except re.error as e: raise BadAdapterFile(f'{file}: target_modules={names!r} is not a regular expression: {e}.') from None
+        end = time.process_time()+.5
+        try: paths = [p for p in modules if _peft_match(cfg, p, end-time.process_time())]
+        except BadPattern as e: raise BadAdapterFile(f'{file}: in target_modules, exclude_modules or layers_pattern: not a regular expression that can be used. {e}') from None
     if not paths: raise AdapterMismatch(f'{file}: target_modules={_some(_names(names))} fits no module of this {type(model).__name__}. Nothing was changed.')
     if odd := [p for p in paths if layer_class(modules[p]) is None]:
         raise UnsupportedAdapter(f'{file} adapts {odd[0]}, a {type(modules[odd[0]]).__name__}; only Linear, Linear4bit, Conv1D, Conv2d and Embedding are supported.')
     _tell_tied(model, modules, paths, cfg, file)
-    plan = {p: (_rank_for(cfg.get('rank_pattern'), p, cfg.get('r', 8)), _rank_for(cfg.get('alpha_pattern'), p, cfg.get('lora_alpha', 8))) for p in paths}
+    end = time.process_time()+.5
+    pick = lambda field,p,default: _rank_for(cfg.get(field), p, default, end-time.process_time())
+    try: plan = {p: (pick('rank_pattern', p, cfg.get('r', 8)), pick('alpha_pattern', p, cfg.get('lora_alpha', 8))) for p in paths}
+    except BadPattern as e: raise BadAdapterFile(f'{file}: in rank_pattern or alpha_pattern: {e}') from None
     wanted = {}
     for p,(r,_) in plan.items():
         (A,B,m),e = layer_class(modules[p]).file_shapes(modules[p], r),isinstance(modules[p], nn.Embedding)
@@ -716,12 +752,13 @@ def _planned_own(model, plan, cfg, file):
             if what is None or k in what: wanted[f"base_model.model.{p}.{'base_layer.' if p in plan else ''}{k}"] = tuple(t.shape)
     return beyond,own,wanted
 
-def _drop_copies(state, model, plan, cfg, beyond):
-    "Without tensors that PEFT stores beside the adapter and that say nothing new: the embeddings' own weight, and bias='all' of copied modules."
+def _drop_copies(state, model, plan, beyond, file):
+    "The header without tensors that PEFT stores beside the adapter and that say nothing new: the embeddings' own weight, and bias='all' of copied modules."
     modules,state = base_modules(model),dict(state)
     for k in [k for k in state if k.endswith('.base_layer.weight')]:
         p = k.removeprefix('base_model.model.').removesuffix('.base_layer.weight')
-        if p in plan and getattr(modules[p], 'weight', None) is not None and torch.equal(state[k].to(modules[p].weight), modules[p].weight): del state[k]
+        w = getattr(modules[p], 'weight', None) if p in plan else None
+        if w is not None and state[k][1]==tuple(w.shape) and torch.equal(_read_tensors(file, {k: state[k]})[k].to(w), w): del state[k]
     for p in beyond['modules_to_save']:
         for end in ('original_module.bias', 'modules_to_save.bias'): state.pop(f'base_model.model.{p}.{end}', None)
     return state
@@ -744,17 +781,19 @@ def load_adapter(
                                     + (' adapter_model.bin is a pickle and is not read; convert it to safetensors.' if have and 'adapter_model.bin' in have else ''))
     file = folder/'adapter_config.json'
     cfg = _read_config(file); _check_config(cfg, file)
-    state,meta = _read_tensors(folder/'adapter_model.safetensors')
-    state = _moved_keys(model, state, folder/'adapter_model.safetensors')
+    weights = folder/'adapter_model.safetensors'
+    state,meta = _read_header(weights)
+    state = _moved_keys(model, state, weights)
     plan,wanted = _planned(model, cfg, file)
     beyond,own,more = _planned_own(model, plan, cfg, file)
-    state = _drop_copies(state, model, plan, cfg, beyond)
+    state = _drop_copies(state, model, plan, beyond, weights)
     other = meta.get('lora_nb_base') not in (None, fingerprint(model))
     note = ' It was trained on a base of other shapes' + (f" ({cfg['base_model_name_or_path']})" if cfg.get('base_model_name_or_path') else '') if other else ''
-    _compare({k: t.shape for k,t in state.items()}, wanted | more, f"'{folder}'" + (f' ({note.strip()})' if other else ''))
+    _compare({k: shape for k,(_,shape) in state.items()}, wanted | more, f"'{folder}'" + (f' ({note.strip()})' if other else ''))
     if other: warnings.warn(f"'{folder}':{note}; its own tensors fit all the same.")
     if (digest := meta.get('lora_nb_weights')) and digest != weights_digest(model, plan):
         raise AdapterMismatch(f"'{folder}' was trained over 4-bit weights that loftq chose (iterations > 1), and this model has others. Load that model, or run loftq on this one with the same settings first. Nothing was changed.")
+    state = _read_tensors(weights, state)
     options = dict(dropout=float(cfg.get('lora_dropout') or 0), scaling='rslora' if cfg.get('use_rslora') else 'alpha/r',
                    init=_STARTS[cfg.get('init_lora_weights', True)], dora=bool(cfg.get('use_dora')))
     extra = {k: v for k,v in cfg.items() if k not in PEFT_FIELDS}

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api/14_all.ipynb #70d7734c
-from . import adapter,codebook,data,linear4bit,lora,loss,memory,merge,models,quantize,ranks,sensitivity,spectra,trainer
-from .widgets import look,live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,chat_compare
+# %% ../nbs/api/14_all.ipynb #347039ca
+from . import adapter,codebook,data,fit,linear4bit,lora,loss,memory,merge,models,quantize,ranks,recall,sensitivity,spectra,trainer
+from .widgets import look,live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,fit_planner,chat_compare,recall as recall_widget
 
 look.ready_notebook()
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, chat_compare)
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, recall, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, fit_planner, chat_compare, recall_widget)
 __all__ = [name for m in _modules for name in m.__all__]
 
-# %% ../nbs/api/14_all.ipynb #ad05c2c1
+# %% ../nbs/api/14_all.ipynb #2e3a1ca2
 from .codebook import *
 from .quantize import *
 from .linear4bit import *
@@ -25,12 +25,16 @@ from .loss import *
 from .trainer import *
 from .spectra import *
 from .memory import *
+from .fit import *
 from .sensitivity import *
 from .merge import *
 from .ranks import *
+from .recall import *
 from .widgets.live_run import *
 from .widgets.quant_explorer import *
 from .widgets.merge_report import *
 from .widgets.adapter_inspector import *
 from .widgets.rank_spectrum import *
+from .widgets.fit_planner import *
 from .widgets.chat_compare import *
+from .widgets.recall import *

@@ -13,7 +13,7 @@ import csv,difflib,html,importlib.util,json,os,random,re
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 import torch
-from jinja2 import TemplateError
+from .models import TemplateRefused,render_chat
 
 # %% ../nbs/api/07_data.ipynb #45d857fd
 class DataError(ValueError): "What is wrong with a training sample, with the file and line where there is one."
@@ -21,8 +21,9 @@ class DataError(ValueError): "What is wrong with a training sample, with the fil
 # %% ../nbs/api/07_data.ipynb #ba81736b
 def render(tok, messages, **kwargs)->str:
     "The chat as the tokenizer's template writes it. Raises DataError with the template's own complaint."
-    try: return tok.apply_chat_template(messages, tokenize=False, **kwargs)
-    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as e:
+    try: return render_chat(tok, messages, **kwargs)
+    except TemplateRefused as e: raise DataError(str(e)) from None
+    except Exception as e: # a template is a program, and raises what it likes
         raise DataError(f"The chat template refuses this chat: {type(e).__name__}: {e}. Roles are {[m.get('role') for m in messages]}.") from None
 
 # %% ../nbs/api/07_data.ipynb #f8dd0148
@@ -78,6 +79,13 @@ class Sample:
     def n_labels(self): return sum(l!=-100 for l in self.labels[1:])
 
 # %% ../nbs/api/07_data.ipynb #202d4978
+def _unicode(text):
+    "`text`, if it can be encoded. Raises DataError for half of a surrogate pair."
+    try: text.encode()
+    except UnicodeEncodeError as e: raise DataError(f"{ascii(text[e.start])} at character {e.start} is half of a surrogate pair, and no text: whoever wrote the row cut a character in two") from None
+    return text
+
+# %% ../nbs/api/07_data.ipynb #3a41f44c
 def encode_chat(
     tok,               # a fast tokenizer with a chat template
     messages:list,     # dicts with 'role' and 'content'
@@ -87,7 +95,7 @@ def encode_chat(
 )->Sample:
     "Token ids and labels of one chat. Raises DataError where no learnable token is left."
     text,spans = answer_spans(tok, messages) if labels=='answers' else (render(tok, messages).rstrip(),None)
-    enc = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+    enc = tok(_unicode(text), add_special_tokens=False, return_offsets_mapping=True)
     ids = enc['input_ids']
     if spans is None: labs = list(ids)
     else: labs = [t if any(a<=s and e<=b and e>s for a,b in spans) else -100 for t,(s,e) in zip(ids, enc['offset_mapping'])]
@@ -133,7 +141,7 @@ def _jsonl_rows(path):
             if not line.strip(): continue
             try: yield f"{path}, line {n}",json.loads(line)
             except json.JSONDecodeError as e: raise DataError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
-            except RecursionError: raise DataError(f"{path}, line {n}: not JSON that can be read (nested too deeply)") from None
+            except (RecursionError, ValueError) as e: raise DataError(f"{path}, line {n}: not JSON that can be read ({'nested too deeply' if isinstance(e, RecursionError) else 'a number of thousands of digits'})") from None
 
 # %% ../nbs/api/07_data.ipynb #b014b6ac
 def _csv_rows(path):
@@ -186,7 +194,7 @@ def encode_text(
 )->Sample:
     "Token ids of plain text, all learned, closed by the end token. Raises DataError where it is no text, or too short to learn from."
     if not isinstance(text, str): raise DataError(f"'text' must be text, not {type(text).__name__}")
-    ids = tok(text, add_special_tokens=False).input_ids+([tok.eos_token_id] if tok.eos_token_id is not None else [])
+    ids = tok(_unicode(text), add_special_tokens=False).input_ids+([tok.eos_token_id] if tok.eos_token_id is not None else [])
     if len(ids)<2: raise DataError("No token to learn from: the text is empty.")
     return Sample(ids[:max_len], ids[:max_len], row, meta or {}, max(0, len(ids)-max_len))
 

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'compute_dtype', 'Same', 'Norm', 'Gate', 'Group', 'project', 'Layout', 'layout', 'Rotary', 'Heads',
            'streamed_loss', 'General', 'Block', 'why_general', 'fast_loss', 'fast_scores', 'fast_decoding']
 
-# %% ../nbs/api/08b_fast.ipynb #348eed07
+# %% ../nbs/api/08b_fast.ipynb #8695e5d4
 import ctypes, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .loss import has_plain_head, hidden_scores, model_loss, model_scores
 from .models import default_dtype
 from .quantize import _kernel
 
-# %% ../nbs/api/08b_fast.ipynb #2a86e7b8
+# %% ../nbs/api/08b_fast.ipynb #7d687f32
 @cache
 def _cpu_has_bf16(): return default_dtype('cpu') is torch.bfloat16
 
@@ -32,7 +32,7 @@ def compute_dtype(
     if x.device.type!='cpu' or x.dtype.itemsize>2: return x.dtype
     return x.dtype if x.dtype is torch.bfloat16 and _cpu_has_bf16() else torch.float32
 
-# %% ../nbs/api/08b_fast.ipynb #c47b620d
+# %% ../nbs/api/08b_fast.ipynb #a043b9b9
 class Same:
     "Nothing before the product."
     def make(self, x): return x.to(compute_dtype(x))
@@ -58,7 +58,7 @@ class Norm:
         dot = torch.linalg.vecdot(g, x).unsqueeze_(-1)
         return g.mul_(r).addcmul_(x, dot.mul_(r**3).div_(x.shape[-1]), value=-1)
 
-# %% ../nbs/api/08b_fast.ipynb #1d921dde
+# %% ../nbs/api/08b_fast.ipynb #90df2f4f
 _GATES = {'silu': (F.silu, torch.ops.aten.silu_backward),
           'gelu_pytorch_tanh': (partial(F.gelu, approximate='tanh'), partial(torch.ops.aten.gelu_backward, approximate='tanh'))}
 
@@ -79,7 +79,7 @@ class Gate:
         out[..., :gate.shape[-1]] = slope(g*up, gate)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #8b94159e
+# %% ../nbs/api/08b_fast.ipynb #e05d7bf8
 _MERGE = 192 # tokens from which on adding s·B·A to the buffer is cheaper than two thin products
 
 class Group:
@@ -152,7 +152,7 @@ class Group:
             found[i] = gA[rows].to(self.AB[i].dtype)
             found[i+1] = (U[:, rows].T@g[:, cut]).mul_(s).T.to(self.AB[i+1].dtype)
 
-# %% ../nbs/api/08b_fast.ipynb #67a02d72
+# %% ../nbs/api/08b_fast.ipynb #38e86b37
 class _Project(torch.autograd.Function):
     "residual + group(before(x)). Saves x, or nothing where `again()` gives x anew."
     @staticmethod
@@ -178,7 +178,7 @@ def project(x, layers, before=Same(), residual=None, again=None):
     group = layers if isinstance(layers, Group) else Group(layers)
     return _Project.apply(x, residual, group, before, again, *group.AB)
 
-# %% ../nbs/api/08b_fast.ipynb #4b483d7f
+# %% ../nbs/api/08b_fast.ipynb #f02bdd71
 @dataclass
 class Layout:
     "A batch as one row of T tokens: `shared` tokens that begin every sample, then the samples' own, one after another."
@@ -234,7 +234,7 @@ def layout(
     device = batch['input_ids'].device
     return Layout(P, [b-a for _,a,b in own], *(t.to(device) for t in (at, place, keep, labels.flatten()[at[keep]+1])))
 
-# %% ../nbs/api/08b_fast.ipynb #1de4e962
+# %% ../nbs/api/08b_fast.ipynb #1775334a
 class Rotary:
     "Rotation of the two halves of each head by the token's angles: `cos`, `sin (T, D)` as transformers gives them."
     def __init__(self, cos, sin):
@@ -250,7 +250,7 @@ class Rotary:
         torch.mul(b, self.cos, out=d).addcmul_(a, self.sin, value=-sign)
         return out
 
-# %% ../nbs/api/08b_fast.ipynb #1092e2ce
+# %% ../nbs/api/08b_fast.ipynb #83333881
 def _causal(rows, shared, device):
     "(rows, shared+rows) bool: what a sample's own tokens see, the shared start and themselves up to here."
     return torch.ones(rows, shared+rows, dtype=torch.bool, device=device).tril_(shared)
@@ -288,7 +288,7 @@ class _Rows:
         t = t.transpose(1, 2).reshape(self.n*self.L, t.shape[1], t.shape[3])
         return t if self.even else t[self.valid]
 
-# %% ../nbs/api/08b_fast.ipynb #b199b881
+# %% ../nbs/api/08b_fast.ipynb #7fae52ab
 def _attention(q, k, v, mask, scale):
     "(output, what its backward pass wants). q (n, H, L, D), k and v with as many heads or a divisor of them."
     rep = q.shape[1]//k.shape[1]
@@ -312,7 +312,7 @@ def _attention_back(g, q, k, v, out, lse, mask, scale):
         y = F.scaled_dot_product_attention(q, kk, vv, mask, is_causal=mask is None, scale=scale)
         return torch.autograd.grad(y, (q, k, v), g)
 
-# %% ../nbs/api/08b_fast.ipynb #8b7bb286
+# %% ../nbs/api/08b_fast.ipynb #7dd90ebc
 @dataclass
 class Heads:
     "What one layer's attention needs to know."
@@ -342,20 +342,21 @@ class Heads:
         q,k,v = self.ready(qkv)
         R = self.rows
         out,lse = _attention(R.own(q), R.keys(k), R.keys(v), R.mask, self.scale)
-        flat,kept = R.flat(out),[out, lse]
+        flat,sums = R.flat(out),[lse]
         if R.P:
             first,l0 = _attention(*(t[None, :R.P].transpose(1, 2) for t in (q, k, v)), None, self.scale)
             flat = torch.cat([first[0].transpose(0, 1), flat])
-            kept += [first, l0]
-        return flat.reshape(len(qkv), -1),kept
+            sums.append(l0)
+        return flat.reshape(len(qkv), -1),sums
 
-    def backward(self, qkv, g, kept):
+    def backward(self, qkv, g, out, sums):
         q,k,v = self.ready(qkv)
-        R,g = self.rows,g.view(len(qkv), self.q, self.dim).to(q.dtype)
-        gq,gk,gv = _attention_back(R.grad(g), R.own(q), R.keys(k), R.keys(v), kept[0], kept[1], R.mask, self.scale)
+        R = self.rows
+        g,out = (t.view(len(qkv), self.q, self.dim).to(q.dtype) for t in (g, out))
+        gq,gk,gv = _attention_back(R.grad(g), R.own(q), R.keys(k), R.keys(v), R.own(out), sums[0], R.mask, self.scale)
         own = [R.flat(t[:, :, -R.L:]) for t in (gq, gk, gv)]
         if R.P:
-            first = _attention_back(g[None, :R.P].transpose(1, 2), *(t[None, :R.P].transpose(1, 2) for t in (q, k, v)), kept[2], kept[3], None, self.scale)
+            first = _attention_back(*(t[None, :R.P].transpose(1, 2) for t in (g, q, k, v, out)), sums[1], None, self.scale)
             first = [t[0].transpose(0, 1) for t in first]
             for i,t in ((1, gk), (2, gv)): first[i] = first[i]+t[:, :, :R.P].sum(0).transpose(0, 1)
             own = [torch.cat([a, b]) for a,b in zip(first, own)]
@@ -363,22 +364,22 @@ class Heads:
         return torch.cat([gqk, own[2]], 1).view(len(qkv), -1)
 
 class _Attend(torch.autograd.Function):
-    "Attention over q, k and v side by side `(T, (q+2k)·D)`; saves them (or nothing, where `again()` gives them anew) and its output."
+    "Attention over q, k and v side by side `(T, (q+2k)·D)`; saves them (or nothing, where `again()` gives them anew) and its output, which the next product saves too."
     @staticmethod
     def forward(ctx, qkv, heads, again):
-        out,kept = heads.forward(qkv)
-        ctx.heads,ctx.again,ctx.kind = heads,again,qkv.dtype
-        ctx.save_for_backward(None if again else qkv, *kept)
-        return out.to(qkv.dtype)
+        out,sums = heads.forward(qkv)
+        ctx.heads,ctx.again,ctx.kind,out = heads,again,qkv.dtype,out.to(qkv.dtype)
+        ctx.save_for_backward(out, None if again else qkv, *sums)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        qkv,*kept = ctx.saved_tensors
+        out,qkv,*sums = ctx.saved_tensors
         if ctx.again: qkv = ctx.again()
-        return ctx.heads.backward(qkv, g, kept).to(ctx.kind),None,None
+        return ctx.heads.backward(qkv, g, out, sums).to(ctx.kind),None,None
 
-# %% ../nbs/api/08b_fast.ipynb #14ec88c0
+# %% ../nbs/api/08b_fast.ipynb #5a64fc4c
 _CACHE = 2**20 # logits to a block: 4 MB in fp32
 
 class _StreamedCE(torch.autograd.Function):
@@ -422,7 +423,7 @@ def streamed_loss(
     rows = max(1, min(len(h), 1024))
     return _StreamedCE.apply(h, weight, targets, rows, max(256, _CACHE//rows))
 
-# %% ../nbs/api/08b_fast.ipynb #fc6a923b
+# %% ../nbs/api/08b_fast.ipynb #dd403bdf
 FAMILIES = dict(llama='Llama', mistral='Mistral', qwen2='Qwen2', qwen3='Qwen3', gemma='Gemma', gemma3_text='Gemma3')
 
 class General(Exception): "Why a batch takes the general path."
@@ -463,7 +464,7 @@ def _norm(m, family):
     _need(not m.weight.requires_grad, 'a norm that is trained')
     return Norm(m.weight, m.variance_epsilon if hasattr(m, 'variance_epsilon') else m.eps, family.startswith('Gemma'))
 
-# %% ../nbs/api/08b_fast.ipynb #c5705927
+# %% ../nbs/api/08b_fast.ipynb #21309525
 @dataclass
 class Block:
     "One decoder layer, as the fast path sees it."
@@ -521,7 +522,7 @@ def _plan(model, batch):
     _need(narrow is None or lay.longest<=narrow, f'a sample of {lay.longest} tokens, wider than the window of {narrow}' if narrow and lay else '')
     return blocks,norm,lay
 
-# %% ../nbs/api/08b_fast.ipynb #beb777bf
+# %% ../nbs/api/08b_fast.ipynb #e88f2644
 def _hidden(model, ids, blocks, lay):
     "Hidden states (kept tokens, d) before the last norm."
     base = model.base_model
@@ -561,7 +562,7 @@ def _join(h, x, group, before, after, again=None):
     if not after: return project(x, group, before, h, again)
     return h+_NormAlone.apply(project(x, group, before, None, again), after[0])
 
-# %% ../nbs/api/08b_fast.ipynb #c165be89
+# %% ../nbs/api/08b_fast.ipynb #36d8df4c
 def _states(model, batch):
     "The states that predict the labelled tokens, and those tokens. Raises General."
     blocks,norm,lay = _plan(model, batch)
@@ -577,7 +578,7 @@ def fast_loss(
     except General: return model_loss(model, batch, n)
     return streamed_loss(h, model.get_output_embeddings().weight, t)/(n or len(t))
 
-# %% ../nbs/api/08b_fast.ipynb #d40ba628
+# %% ../nbs/api/08b_fast.ipynb #cc3cd0e4
 @torch.no_grad()
 def fast_scores(
     model,      # a transformers causal LM
@@ -588,7 +589,7 @@ def fast_scores(
     except General: return model_scores(model, batch)
     return hidden_scores(h, model.get_output_embeddings().weight, t)
 
-# %% ../nbs/api/08b_fast.ipynb #6d618868
+# %% ../nbs/api/08b_fast.ipynb #79ee6d1c
 class _Decoder:
     "A `Group` of 4-bit layers prepared for few rows, without a graph. Its buffer is not for two threads at once."
     def __init__(self, group, dtype, buffer):
@@ -616,7 +617,7 @@ def _prepared(q, scales, out, dtype):
     numbers = (q.blocksize, q.numel()//q.blocksize, q.blocksize)
     return _kernel(q.codebook, dtype),(*(ctypes.c_void_p(t.data_ptr()) for t in (q.packed, scales, out)), *map(ctypes.c_longlong, numbers))
 
-# %% ../nbs/api/08b_fast.ipynb #38eb6666
+# %% ../nbs/api/08b_fast.ipynb #234fea12
 class _Shared:
     "The `forward` of each layer of a group: the first that sees an input computes all of them, the others find their part."
     def __init__(self, layers, decoder, dtype):

@@ -411,17 +411,21 @@ def from_state_dict(cls,
         raise ValueError(f"{prefix}: {got}; expected 4-bit codes with one {prefix}.quant_state.* beside them. A weight that is not in 4 bits goes through quantize(weight, NF4()).")
     try:
         f = json.loads(bytes(part[facts[0]].cpu().tolist()))
+        shape, dtype = [int(n) for n in f["shape"]], getattr(torch, f["dtype"])
+        if dtype not in _TYPES or min(shape, default=0) < 0 or shape != f["shape"]: raise ValueError(f"a tensor of {f['dtype']} and shape {f['shape']}")
+        if not isinstance(f["quant_type"], str) or not isinstance(f["blocksize"], int): raise ValueError(f"quant_type {f['quant_type']!r} and blocksize {f['blocksize']!r}")
         book = _book(f["quant_type"], part["quant_map"])
-        packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"].contiguous()
+        packed, absmax = sd[prefix].contiguous().view(-1).view(torch.uint8)[:,None], part["absmax"].contiguous().view(-1)
         nested = offset = table = None
         if "nested_absmax" in part:
             if f["nested_blocksize"] != NESTED_BLOCKSIZE: raise ValueError(f"nested_blocksize {f['nested_blocksize']}, expected {NESTED_BLOCKSIZE}")
-            nested, table = part["nested_absmax"].float().contiguous(), part["nested_quant_map"].float().contiguous()
+            nested, table = part["nested_absmax"].float().contiguous().view(-1), part["nested_quant_map"].float().contiguous().view(-1)
             offset = torch.tensor(float(f["nested_offset"]), device=packed.device)
             if torch.equal(table, dynamic_map(str(table.device))): table = None
         else: absmax = absmax.float()
-        return cls(packed, absmax, torch.Size(f["shape"]), getattr(torch, f["dtype"]), QuantConfig(book, f["blocksize"], nested is not None), nested, offset, table)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as e:
+        if not all(t.isfinite().all() for t in (absmax, nested, offset, table) if t is not None): raise ValueError("scales that are NaN or infinite")
+        return cls(packed, absmax, torch.Size(shape), dtype, QuantConfig(book, f["blocksize"], nested is not None), nested, offset, table)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as e:
         what = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
         raise ValueError(f"{prefix}: not a 4-bit checkpoint that can be read: {what}. Parts found: {sorted(part)}.") from e
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_tensors', 'load_optimizer_tensors',
            'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'score_answers',
-           'checkpoints', 'add_noise', 'OutOfMemory', 'memory_advice', 'read_events', 'PastRun', 'to_tensorboard']
+           'checkpoints', 'add_noise', 'BadCheckpoint', 'read_state', 'OutOfMemory', 'memory_advice', 'read_events',
+           'PastRun', 'to_tensorboard']
 
-# %% ../nbs/api/09_trainer.ipynb #7714c302
-import json,math,os,shutil,threading,time
+# %% ../nbs/api/09_trainer.ipynb #90c4e1e7
+import atexit,json,math,os,shutil,signal,threading,time,weakref
 from contextlib import nullcontext
 from dataclasses import dataclass,asdict,replace
 from pathlib import Path
@@ -16,15 +17,16 @@ import pandas as pd,psutil
 import torch
 from accelerate import Accelerator,DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock,Timeout
 from safetensors.torch import load_file,save_file
 from tqdm.auto import tqdm
-from .adapter import adapters,_fsync
+from .adapter import adapters,_fsync,_onto_disk
 from .data import batch_order,collate,collate_packed,pack_order
 from .fast import fast_loss,fast_scores
-from .memory import held
+from .memory import free_at_once,held
 from .models import ask
 
-# %% ../nbs/api/09_trainer.ipynb #5bf04f5f
+# %% ../nbs/api/09_trainer.ipynb #d0946bcd
 @dataclass(frozen=True)
 class Settings:
     "What a run was asked to do; written beside its checkpoints."
@@ -47,11 +49,11 @@ class Settings:
     checkpointing:bool=False # recompute activations in backward
     seed:int=42              # of the order of samples and of dropout
 
-# %% ../nbs/api/09_trainer.ipynb #9bbc71bc
+# %% ../nbs/api/09_trainer.ipynb #d0e8b5b1
 OPTIMIZERS = ('adamw','adamw8bit','paged_adamw8bit')
 SCHEDULES = {'cosine':'cosine', 'linear':'linear', 'constant':'constant_with_warmup'}
 
-# %% ../nbs/api/09_trainer.ipynb #ad4b4afd
+# %% ../nbs/api/09_trainer.ipynb #e94f5726
 def check_settings(s:Settings):
     "Raises ValueError naming the setting, what it was and what is allowed."
     def need(ok, name, want):
@@ -69,8 +71,10 @@ def check_settings(s:Settings):
     need(number(s.neftune) and s.neftune>=0, 'neftune', 'a number from 0')
     need(s.optimizer in OPTIMIZERS, 'optimizer', f'one of {list(OPTIMIZERS)}')
     need(number(s.lr_ratio) and s.lr_ratio>0, 'lr_ratio', 'a number above 0')
+    for name in ('packing','checkpointing'): need(isinstance(getattr(s, name), bool), name, 'True or False')
+    need(isinstance(s.seed, int) and not isinstance(s.seed, bool) and 0<=s.seed<2**63, 'seed', 'a whole number from 0')
 
-# %% ../nbs/api/09_trainer.ipynb #397fc360
+# %% ../nbs/api/09_trainer.ipynb #40bd9117
 def _whole_folder(path, write):
     "Call `write(tmp)` on an empty folder beside `path`, flush it to disk, then rename it to `path`."
     tmp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -87,7 +91,7 @@ def _whole_folder(path, write):
         raise
     return path
 
-# %% ../nbs/api/09_trainer.ipynb #557b1d99
+# %% ../nbs/api/09_trainer.ipynb #547b6acb
 def _flat(x, key):
     "(key, tensor) of every leaf of nested dicts; a plain number becomes a tensor whose key ends in '::number'."
     if isinstance(x, dict):
@@ -99,7 +103,7 @@ def optimizer_tensors(opt, names:list)->dict:
     "The optimizer's state as flat named tensors; `names` are the parameters' names in the optimizer's order."
     return dict(kv for i,state in opt.state_dict()['state'].items() for kv in _flat(state, names[i]))
 
-# %% ../nbs/api/09_trainer.ipynb #10546b71
+# %% ../nbs/api/09_trainer.ipynb #8c6534ce
 def load_optimizer_tensors(opt, names:list, tensors:dict):
     "The inverse of `optimizer_tensors`. Raises KeyError naming a parameter that has no saved state."
     state = {n:{} for n in names}
@@ -113,17 +117,17 @@ def load_optimizer_tensors(opt, names:list, tensors:dict):
     if empty: raise KeyError(f"The checkpoint holds no optimizer state for {len(empty)} parameters, such as {empty[0]!r}")
     opt.load_state_dict(dict(state={i:state[n] for i,n in enumerate(names)}, param_groups=opt.state_dict()['param_groups']))
 
-# %% ../nbs/api/09_trainer.ipynb #895fb83c
-class NonFiniteLoss(FloatingPointError): "The loss became NaN or infinite; the message names the step and the samples."
+# %% ../nbs/api/09_trainer.ipynb #2f21280e
+class NonFiniteLoss(FloatingPointError): "The loss or its gradient became NaN or infinite; the message names the step and the samples."
 
-# %% ../nbs/api/09_trainer.ipynb #3a32fbb5
+# %% ../nbs/api/09_trainer.ipynb #259e9a2e
 def _plain(x):
     "True for what JSON can hold."
     if isinstance(x, dict): return all(map(_plain, x.values()))
     if isinstance(x, (list, tuple)): return all(map(_plain, x))
     return x is None or isinstance(x, (str, int, float, bool))
 
-# %% ../nbs/api/09_trainer.ipynb #c6836da6
+# %% ../nbs/api/09_trainer.ipynb #86c7019c
 class Run:
     "A training run: its events, and the means to pause, resume, stop and await it. Made by `Trainer.start` or `Trainer.fit`."
     def __init__(self, trainer, out):
@@ -134,6 +138,7 @@ class Run:
         self._go,self._stop,self._save,self._done = threading.Event(),threading.Event(),threading.Event(),threading.Event()
         self._go.set()
         self._file,self._thread,self._undo,self._lr = None,None,None,None
+        self._unwritten,self._whole,self._held = [],True,None
 
     model = property(lambda self: self.trainer.model)
     adapter = property(lambda self: self.trainer.adapter)
@@ -161,15 +166,27 @@ class Run:
         last = self.log.loss.iloc[-1] if self.step else float('nan')
         return f"Run {self.state} at step {self.step} of {self.total_steps}, loss {last:.3f}, in {self.out}"
 
-# %% ../nbs/api/09_trainer.ipynb #a3c1fac0
+# %% ../nbs/api/09_trainer.ipynb #099de45f
+def _write(self:Run, event):
+    "Append the event, and those that wait, to events.jsonl."
+    told,end = bool(self._unwritten),os.fstat(self._file.fileno()).st_size
+    self._unwritten.append(json.dumps(event)+'\n')
+    left = memoryview(''.join(self._unwritten).encode())
+    try:
+        while left: left = left[self._file.write(left):]
+        self._unwritten.clear()
+    except OSError as e:
+        self._file.truncate(end)
+        if not told: self.events.append(dict(event, kind='warning', text=f"events.jsonl cannot be written: {e}. The events are kept in memory until it can."))
+Run._write = _write
+
+# %% ../nbs/api/09_trainer.ipynb #deafb25d
 def _publish(self:Run, kind, **fields):
     event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
     with self._lock:
         subs = list(self._subs)
         if _plain(event): self.events.append(event)
-    if self._file and _plain(event):
-        self._file.write(json.dumps(event)+'\n')
-        self._file.flush()
+    if self._file and _plain(event): self._write(event)
     for fn in subs:
         try: fn(event)
         except Exception as e:
@@ -177,13 +194,13 @@ def _publish(self:Run, kind, **fields):
             self.events.append(dict(event, kind='warning', text=f"A subscriber raised {type(e).__name__}: {e}. It is no longer called."))
 Run._publish = _publish
 
-# %% ../nbs/api/09_trainer.ipynb #bcc75938
+# %% ../nbs/api/09_trainer.ipynb #337b9e01
 def _off(self:Run, where, item):
     with self._lock:
         if item in where: where.remove(item)
 Run._off = _off
 
-# %% ../nbs/api/09_trainer.ipynb #71f832c7
+# %% ../nbs/api/09_trainer.ipynb #e166643d
 def subscribe(
     self:Run,
     fn     # called with each event, in the worker thread
@@ -193,7 +210,7 @@ def subscribe(
     return lambda: self._off(self._subs, fn)
 Run.subscribe = subscribe
 
-# %% ../nbs/api/09_trainer.ipynb #7c26304d
+# %% ../nbs/api/09_trainer.ipynb #a8bed9a3
 def probe(
     self:Run,
     fn,              # fn(run) -> dict with 'kind', or None; called in the worker thread between two steps
@@ -205,7 +222,7 @@ def probe(
     return lambda: self._off(self._probes, item)
 Run.probe = probe
 
-# %% ../nbs/api/09_trainer.ipynb #a77f0bcf
+# %% ../nbs/api/09_trainer.ipynb #6f48f67d
 def while_waiting(
     self:Run,
     fn       # called without arguments in the thread that waits
@@ -215,7 +232,7 @@ def while_waiting(
     return lambda: self._off(self._waiting, fn)
 Run.while_waiting = while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #53f6902b
+# %% ../nbs/api/09_trainer.ipynb #e028fae2
 def _serve_probes(self:Run):
     with self._lock: items = list(self._probes)
     for item in items:
@@ -230,13 +247,13 @@ def _serve_probes(self:Run):
         if seen: self._publish(**seen)
 Run._serve_probes = _serve_probes
 
-# %% ../nbs/api/09_trainer.ipynb #ea401f89
+# %% ../nbs/api/09_trainer.ipynb #83279023
 def _set_state(self:Run, state):
     self.state = state
     self._publish('state', state=state)
 Run._set_state = _set_state
 
-# %% ../nbs/api/09_trainer.ipynb #6a3020b0
+# %% ../nbs/api/09_trainer.ipynb #cedf2608
 def pause(self:Run):
     "Halt at the next step boundary."
     self._go.clear()
@@ -255,28 +272,28 @@ def set_lr(self:Run, lr:float):
     self._lr = lr
 for f in (pause, resume, stop, save_now, set_lr): setattr(Run, f.__name__, f)
 
-# %% ../nbs/api/09_trainer.ipynb #27cfd370
+# %% ../nbs/api/09_trainer.ipynb #2864fb27
 def _orders(self:Run)->tuple: # (stop, save, paused, new learning rate)
     "What the buttons say. Of several processes, all do what the first was told."
     mine = [self._stop.is_set(), self._save.is_set(), not self._go.is_set(), self._lr]
     return tuple(broadcast_object_list(mine) if self.trainer.world>1 else mine)
 Run._orders = _orders
 
-# %% ../nbs/api/09_trainer.ipynb #cc4da17b
+# %% ../nbs/api/09_trainer.ipynb #8c47c306
 def _obey(self:Run)->tuple: # (stop, paused)
     "Save and change the learning rate where that was asked for."
     stop,save,paused,lr = self._orders()
     if stop: self._stop.set()
     if save:
         self._save.clear()
-        self.trainer._checkpoint(self)
+        self.trainer._try_checkpoint(self)
     if lr is not None:
         self.trainer._rescale(self, lr)
         self._lr = None
     return stop,paused
 Run._obey = _obey
 
-# %% ../nbs/api/09_trainer.ipynb #a6cbaacf
+# %% ../nbs/api/09_trainer.ipynb #f3e68ae6
 def _boundary(self:Run)->bool:
     "Between two steps: serve probes, obey, hold while paused. False: stop."
     self._serve_probes()
@@ -291,7 +308,7 @@ def _boundary(self:Run)->bool:
     return not stop
 Run._boundary = _boundary
 
-# %% ../nbs/api/09_trainer.ipynb #82d5d815
+# %% ../nbs/api/09_trainer.ipynb #b2fbd855
 def wait(
     self:Run,
     progress:bool=True # show a progress bar
@@ -300,7 +317,7 @@ def wait(
     bar = tqdm(total=self.total_steps, initial=self.step, unit='step', disable=not progress)
     try:
         while not self._done.wait(.2): self._while_waiting(bar)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         self.stop()
         self._done.wait()
         raise
@@ -311,7 +328,7 @@ def wait(
     return self
 Run.wait = wait
 
-# %% ../nbs/api/09_trainer.ipynb #427c998b
+# %% ../nbs/api/09_trainer.ipynb #33ac7fae
 def _while_waiting(self:Run, bar):
     bar.update(self.step-bar.n)
     last = next((e for e in reversed(self.events) if e['kind']=='step'), None)
@@ -320,20 +337,25 @@ def _while_waiting(self:Run, bar):
     for fn in fns: fn()
 Run._while_waiting = _while_waiting
 
-# %% ../nbs/api/09_trainer.ipynb #c58605c4
+# %% ../nbs/api/09_trainer.ipynb #16b7f64c
 class _LossModule(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
     def forward(self, batch, n): return fast_loss(self.model, batch, n)
 
-# %% ../nbs/api/09_trainer.ipynb #c45bd977
+# %% ../nbs/api/09_trainer.ipynb #1448b75a
 def _free_folder(out):
-    "`out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten."
+    "Makes `out`, or the first of out-2, out-3, … that does not exist yet: an older run's files are never overwritten, and two kernels never get one folder."
     out = Path(out)
-    return next(p for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))) if not p.exists())
+    for p in (out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 10_000))):
+        try:
+            p.mkdir(parents=True)
+            return p
+        except FileExistsError: continue
+    raise FileExistsError(f"{out} and {out}-2 to {out}-9999 are all there; give another out.")
 
-# %% ../nbs/api/09_trainer.ipynb #e9ee3295
+# %% ../nbs/api/09_trainer.ipynb #7043850b
 def trained_adapter(model):
     "The one adapter on `model` whose parameters require gradients. Raises ValueError where there is none, or more than one."
     found = [a for a in adapters(model).values() if any(p.requires_grad for p in a.parameters())]
@@ -342,7 +364,7 @@ def trained_adapter(model):
                          + ("Put one on with add_lora(model)." if not found else "Choose one with train_only."))
     return found[0]
 
-# %% ../nbs/api/09_trainer.ipynb #2b2bede4
+# %% ../nbs/api/09_trainer.ipynb #52c0d9cd
 class Trainer:
     "Trains the parameters of `model` that require gradients (an adapter's) on `data`, with AdamW."
     def __init__(self,
@@ -366,7 +388,7 @@ class Trainer:
         self._place()
         self._plan()
 
-# %% ../nbs/api/09_trainer.ipynb #f7aa66ae
+# %% ../nbs/api/09_trainer.ipynb #486499aa
 def param_groups(
     named:list,   # (name, parameter)
     s:Settings
@@ -378,7 +400,7 @@ def param_groups(
               dict(params=[p for n,p in named if p.ndim<=1], lr=s.lr, weight_decay=0.)]
     return [g for g in groups if g['params']]
 
-# %% ../nbs/api/09_trainer.ipynb #360a99d7
+# %% ../nbs/api/09_trainer.ipynb #328cefde
 def make_optimizer(groups, s:Settings, device):
     "AdamW over `groups`: torch's, or bitsandbytes' with 8-bit states (paged: they move to the CPU's memory when the card is full; CUDA only)."
     if s.optimizer=='adamw': return torch.optim.AdamW(groups, lr=s.lr)
@@ -387,18 +409,20 @@ def make_optimizer(groups, s:Settings, device):
         raise ValueError("optimizer='paged_adamw8bit' pages between a CUDA card and the CPU; on the CPU use 'adamw' or 'adamw8bit'")
     return (bo.PagedAdamW8bit if s.optimizer.startswith('paged') else bo.AdamW8bit)(groups, lr=s.lr)
 
-# %% ../nbs/api/09_trainer.ipynb #055ae39f
+# %% ../nbs/api/09_trainer.ipynb #fda3bc11
 def _place(self:Trainer):
+    if self.device.type=='cpu': free_at_once()
     fp16 = any(p.dtype==torch.float16 for p in self.model.parameters())
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False) # a 4-bit base is buffers, the same in every process
     self.accelerator = acc = Accelerator(cpu=self.device.type=='cpu', mixed_precision='fp16' if fp16 else 'no', kwargs_handlers=[ddp])
+    self.scaler = acc.scaler
     if acc.distributed_type not in ('NO','MULTI_CPU','MULTI_GPU'):
         raise ValueError(f"accelerate was set up for {acc.distributed_type.value}; this trainer runs on one device or with DDP (accelerate launch --multi_gpu). A 4-bit base is small enough to lie on every card whole.")
     self.rank,self.world = acc.process_index,acc.num_processes
     if self.world>1 and (self.device.type, self.device.index or 0)!=(acc.device.type, acc.device.index or 0): raise ValueError(f"Process {self.rank} of {self.world} has its model on {self.device}; expected {acc.device}. Load it with load_model(…, device={str(acc.device)!r}).")
 Trainer._place = _place
 
-# %% ../nbs/api/09_trainer.ipynb #8f4b6de0
+# %% ../nbs/api/09_trainer.ipynb #7ea9c150
 def _plan(self:Trainer):
     from transformers import get_scheduler # imports peft where it is installed, and with it bitsandbytes, before which notebook_launcher must have started
     s = self.settings
@@ -413,7 +437,7 @@ def _plan(self:Trainer):
     self.scheduler = get_scheduler(SCHEDULES[s.schedule], opt, num_warmup_steps=round(s.warmup*self.total_steps), num_training_steps=self.total_steps)
 Trainer._plan = _plan
 
-# %% ../nbs/api/09_trainer.ipynb #dcd39de2
+# %% ../nbs/api/09_trainer.ipynb #42a95622
 def _batches(self:Trainer, epoch)->list:
     "Micro-batches of an epoch, of all processes together: lists of sample indices, or, packed, lists of rows of sample indices."
     s,lens,size = self.settings,[len(x) for x in self.data.train],self.settings.batch_size*self.world
@@ -422,21 +446,21 @@ def _batches(self:Trainer, epoch)->list:
     return [rows[i:i+size] for i in range(0, len(rows), size)]
 Trainer._batches = _batches
 
-# %% ../nbs/api/09_trainer.ipynb #23a87f04
+# %% ../nbs/api/09_trainer.ipynb #7798710f
 def _batch(self:Trainer, samples):
     "A list of samples, or of rows of samples, on the model's device."
     make = collate_packed if isinstance(samples[0], list) else collate
     return {k:v.to(self.device) for k,v in make(samples, self.data.tok.pad_token_id or 0).items()}
 Trainer._batch = _batch
 
-# %% ../nbs/api/09_trainer.ipynb #985a17e9
+# %% ../nbs/api/09_trainer.ipynb #2749ca7e
 def _across(self:Trainer, *numbers, how='sum')->list:
     "Each number's sum or mean over the processes."
     if self.world==1: return list(numbers)
     return self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), how).tolist()
 Trainer._across = _across
 
-# %% ../nbs/api/09_trainer.ipynb #66ca2136
+# %% ../nbs/api/09_trainer.ipynb #6198a627
 def _backward(self:Trainer, batches, n)->float:
     "Gradients of the summed loss over `n`; returns that loss. A process without a share of a batch goes through the motions, for the others wait for it."
     total = 0.
@@ -451,27 +475,32 @@ def _backward(self:Trainer, batches, n)->float:
     return self._across(total, how='mean')[0]
 Trainer._backward = _backward
 
-# %% ../nbs/api/09_trainer.ipynb #23709d68
+# %% ../nbs/api/09_trainer.ipynb #80e2c276
 def _step(self:Trainer, run, micro):
     "One optimizer step on a list of micro-batches of sample indices; returns (loss, gradient norm, tokens)."
     pick = lambda x: [pick(i) for i in x] if isinstance(x, list) else self.data.train[x]
     batches = pick(micro)
     samples = [s for mb in batches for x in mb for s in (x if isinstance(x, list) else [x])]
     try: total = self._backward(batches, sum(s.n_labels for s in samples))
-    except torch.OutOfMemoryError as e: raise self._out_of_memory(run, samples) from e
-    if not math.isfinite(total):
-        self.optimizer.zero_grad()
-        rows = [s.row for s in samples]
-        raise NonFiniteLoss(f"The loss is {total} at step {run.step+1}; its samples are rows {rows}. Last good checkpoint: {run.checkpoint or 'none yet'}. "
-                            "Lower lr, or look at those rows.")
+    except torch.OutOfMemoryError as e:
+        self._rescue(run)
+        raise self._out_of_memory(run, samples) from e
+    if not math.isfinite(total): raise self._not_finite(run, 'loss', total, samples)
     norm = self.accelerator.clip_grad_norm_([p for _,p in self.named], self.settings.clip or math.inf)
+    if self.scaler is None and not math.isfinite(norm): raise self._not_finite(run, "gradient's norm", float(norm), samples) # with a scaler the step is left out
+    run._whole = False
     self.optimizer.step()
     self.scheduler.step()
     self.optimizer.zero_grad()
     return total,float(norm),sum(map(len, samples))
-Trainer._step = _step
+def _not_finite(self:Trainer, run, what, number, samples):
+    "The error to raise; the weights are still those of the step before."
+    self.optimizer.zero_grad()
+    self._rescue(run)
+    return NonFiniteLoss(f"The {what} is {number} at step {run.step+1}; its samples are rows {[s.row for s in samples]}. Last good checkpoint: {run.checkpoint or 'none yet'}. Lower lr, or look at those rows.")
+Trainer._step,Trainer._not_finite = _step,_not_finite
 
-# %% ../nbs/api/09_trainer.ipynb #d55c92ff
+# %% ../nbs/api/09_trainer.ipynb #18091602
 @torch.no_grad()
 def evaluate(
     self:Trainer,
@@ -490,7 +519,7 @@ def evaluate(
     return dict(loss=loss/n, accuracy=right/n)
 Trainer.evaluate = evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #f346d46b
+# %% ../nbs/api/09_trainer.ipynb #83aaa8f3
 def score_answers(
     model, tok,
     samples:list, # of Sample, made from chats
@@ -504,7 +533,7 @@ def score_answers(
     answers = ask(model, tok, chats, max_new_tokens, batch_size)
     return pd.DataFrame([dict(row=s.row, question=c[-1]['content'], answer=a, score=float(score(a, s))) for s,c,a in zip(samples, chats, answers)])
 
-# %% ../nbs/api/09_trainer.ipynb #b00baf1a
+# %% ../nbs/api/09_trainer.ipynb #28f91252
 def _score(self:Trainer)->float:
     "Mean score of the held-out answers."
     mine = self.data.val[self.rank::self.world]
@@ -512,7 +541,7 @@ def _score(self:Trainer)->float:
     return self._across(float(got))[0]/len(self.data.val)
 Trainer._score = _score
 
-# %% ../nbs/api/09_trainer.ipynb #4acea7fc
+# %% ../nbs/api/09_trainer.ipynb #c774d37b
 def _evaluate(self:Trainer, run):
     "Publish what the held-out samples say; a best loss since the start is checkpointed where the run watches for it."
     if not self.data.val: return
@@ -524,10 +553,10 @@ def _evaluate(self:Trainer, run):
     better = loss<run.best
     if better: run.best,run.waited = loss,0
     else: run.waited += 1
-    if better and self.settings.patience and run.step: self._checkpoint(run, 'best')
+    if better and self.settings.patience and run.step: self._try_checkpoint(run, 'best')
 Trainer._evaluate = _evaluate
 
-# %% ../nbs/api/09_trainer.ipynb #1d106355
+# %% ../nbs/api/09_trainer.ipynb #7b3f1572
 def _rescale(self:Trainer, run, lr):
     ratio = lr/self.scheduler.base_lrs[0]
     self.scheduler.base_lrs = [b*ratio for b in self.scheduler.base_lrs]
@@ -536,7 +565,7 @@ def _rescale(self:Trainer, run, lr):
     run._publish('lr', lr=lr)
 Trainer._rescale = _rescale
 
-# %% ../nbs/api/09_trainer.ipynb #730ce8c2
+# %% ../nbs/api/09_trainer.ipynb #91739c6e
 def _random_state(self:Trainer)->dict:
     "The random states of all processes, one row each."
     own = {'rng':torch.get_rng_state()}
@@ -550,7 +579,7 @@ def _set_random_state(self:Trainer, states:dict):
     if 'cuda_rng' in states and self.device.type=='cuda': torch.cuda.set_rng_state(states['cuda_rng'][self.rank].clone(), self.device)
 Trainer._random_state,Trainer._set_random_state = _random_state,_set_random_state
 
-# %% ../nbs/api/09_trainer.ipynb #44a59efe
+# %% ../nbs/api/09_trainer.ipynb #f3d4a1ee
 def _write_checkpoint(self:Trainer, run, random, folder):
     "A checkpoint's files, into the empty `folder`."
     adapter = folder/'adapter'
@@ -558,12 +587,12 @@ def _write_checkpoint(self:Trainer, run, random, folder):
     for f in adapter.iterdir(): f.rename(folder/f.name)
     adapter.rmdir()
     mine = {f'adapter::{k}':v.cpu().contiguous() for k,v in self.adapter.state_dict().items()}
-    save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
+    with _onto_disk(folder/'training.safetensors'): save_file(mine|optimizer_tensors(self.optimizer, self.names)|random, folder/'training.safetensors')
     state = dict(step=run.step, total_steps=self.total_steps, settings=asdict(self.settings), scheduler=self.scheduler.state_dict(), samples=len(self.data.train), best=run.best if math.isfinite(run.best) else None, waited=run.waited)
     (folder/'run.json').write_text(json.dumps(state, indent=1))
 Trainer._write_checkpoint = _write_checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #1acd3102
+# %% ../nbs/api/09_trainer.ipynb #ffec5191
 def checkpoints(
     out,                # a run's folder
     name='checkpoint'   # or 'best'
@@ -572,7 +601,7 @@ def checkpoints(
     found = [p for p in Path(out).glob(f'{name}-*') if p.name.rpartition('-')[2].isdigit() and (p/'run.json').exists()]
     return sorted(found, key=lambda p: int(p.name.rpartition('-')[2]))
 
-# %% ../nbs/api/09_trainer.ipynb #a91d5a3d
+# %% ../nbs/api/09_trainer.ipynb #5463f502
 def _checkpoint(self:Trainer, run, name='checkpoint'):
     "Write `NAME-STEP` whole, if it is not there yet, then remove the oldest beyond `keep` (of the best, all but this)."
     path,random = run.out/f"{name}-{run.step}",self._random_state()
@@ -584,7 +613,20 @@ def _checkpoint(self:Trainer, run, name='checkpoint'):
     return path
 Trainer._checkpoint = _checkpoint
 
-# %% ../nbs/api/09_trainer.ipynb #26ecc187
+# %% ../nbs/api/09_trainer.ipynb #dac950c5
+def _try_checkpoint(self:Trainer, run, name='checkpoint'):
+    "`_checkpoint`, with a warning where the disk refuses it."
+    try: self._checkpoint(run, name)
+    except OSError as e: run._publish('warning', text=f"The checkpoint of step {run.step} could not be written: {e}. The run goes on; its newest checkpoint is {run.checkpoint or 'none yet'}.")
+
+def _rescue(self:Trainer, run):
+    "A checkpoint of the last whole step of a run that fails."
+    if self.world>1 or not run.step or not run._whole or not all(p.isfinite().all() for _,p in self.named): return
+    try: self._checkpoint(run)
+    except Exception as e: run._publish('warning', text=f"The checkpoint of step {run.step} could not be written: {e}. The adapter in memory is that step's: adapter.save(folder) writes it elsewhere.")
+Trainer._try_checkpoint,Trainer._rescue = _try_checkpoint,_rescue
+
+# %% ../nbs/api/09_trainer.ipynb #be91cde1
 def _steps(self:Trainer, start):
     "(step, epoch so far, micro-batches) from step `start` on; depends on seed and epoch alone."
     s,step = self.settings,0
@@ -596,7 +638,7 @@ def _steps(self:Trainer, start):
             if step>start: yield step,step/self.steps_per_epoch,batches[k:k+s.accum]
 Trainer._steps = _steps
 
-# %% ../nbs/api/09_trainer.ipynb #a625bba6
+# %% ../nbs/api/09_trainer.ipynb #a260436f
 def add_noise(
     model,       # with input embeddings
     alpha:float  # size of the noise
@@ -608,7 +650,7 @@ def add_noise(
         return out+torch.empty_like(out).uniform_(-size, size)
     return model.get_input_embeddings().register_forward_hook(noisy).remove
 
-# %% ../nbs/api/09_trainer.ipynb #1ceb2d70
+# %% ../nbs/api/09_trainer.ipynb #a46f8f23
 def _train(self:Trainer, run):
     start = self._restore(run) if self._resume_from else 0
     if not start: torch.manual_seed(self.settings.seed+self.rank)
@@ -622,10 +664,10 @@ def _train(self:Trainer, run):
         t = time.perf_counter()
         lr = self.scheduler.get_last_lr()[0]
         loss,norm,tokens = self._step(run, micro)
-        run.step,run.epoch = step,epoch
+        run.step,run.epoch,run._whole = step,epoch,True
         run._publish('step', epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_s=round(tokens/(time.perf_counter()-t), 1))
         if step%self.eval_every==0 or step==self.total_steps: self._evaluate(run)
-        if self.settings.save_every and step%self.settings.save_every==0 and step<self.total_steps: self._checkpoint(run)
+        if self.settings.save_every and step%self.settings.save_every==0 and step<self.total_steps: self._try_checkpoint(run)
         if self.settings.patience and run.waited>=self.settings.patience:
             run._publish('early stop', text=f"No better held-out loss in {run.waited} evaluations; the best was {run.best:.4f}")
             break
@@ -634,32 +676,89 @@ def _train(self:Trainer, run):
     return 'stopped' if run._stop.is_set() and run.step<self.total_steps else 'finished'
 Trainer._train = _train
 
-# %% ../nbs/api/09_trainer.ipynb #38cb447c
+# %% ../nbs/api/09_trainer.ipynb #7b9dcfd5
+_live = weakref.WeakSet()
+
+def _refuse_busy(model):
+    for r in list(_live):
+        if r.model is model: raise RuntimeError(f"This model is being trained already, by the run in {r.out} (step {r.step}). Call its stop() and wait(), or load another copy of the model.")
+
+def _hold(out):
+    "A lock in a run's folder, held; None where the file system has no locks."
+    lock = FileLock(out/'.lock', thread_local=False)
+    try: lock.acquire(timeout=0)
+    except (Timeout, OSError, NotImplementedError): return None
+    return lock
+
+def _let_go(lock):
+    if lock is None: return
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+
+def _writer(out):
+    "Which process writes to this run's folder, in words; '' for none."
+    if not (out/'.lock').exists(): return ''
+    lock = FileLock(out/'.lock', thread_local=False)
+    try: lock.acquire(timeout=0)
+    except Timeout: return ' (in this kernel)' if any(r.out.resolve()==out.resolve() for r in list(_live)) else ' (in another process)'
+    except (OSError, NotImplementedError): return ''
+    lock.release()
+    return ''
+
+# %% ../nbs/api/09_trainer.ipynb #9b25ac4e
+def _end_all():
+    "Stop what is running, with its checkpoint, and wait for it. A forked child has no such threads and does not wait."
+    runs = [r for r in list(_live) if r._thread and r._thread.is_alive()]
+    for r in runs: r.stop()
+    for r in runs:
+        while r._thread.is_alive() and not r._done.wait(.1): pass
+atexit.register(_end_all)
+
+def _on_sigterm(*_):
+    def end():
+        _end_all()
+        os._exit(128+signal.SIGTERM)
+    threading.Thread(target=end, daemon=True).start()
+
+def _hear_sigterm():
+    "From now on SIGTERM waits for the runs' checkpoints, unless the program has its own way with it."
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM)==signal.SIG_DFL: signal.signal(signal.SIGTERM, _on_sigterm)
+
+# %% ../nbs/api/09_trainer.ipynb #af71e785
 def _work(self:Trainer, run):
     "Runs `_train` to its end and leaves the run in its last state, whatever happens."
     try:
         if self.rank==0:
-            run.out.mkdir(parents=True)
-            run._file = open(run.out/'events.jsonl', 'a', encoding='utf-8')
+            run.out.mkdir(parents=True, exist_ok=True)
+            run._held = _hold(run.out)
+            run._file = open(run.out/'events.jsonl', 'ab', buffering=0)
         run._set_state('running')
         end = self._train(run)
     except BaseException as e:
         run.error,end = e,'failed'
+        if not isinstance(e, (NonFiniteLoss,OutOfMemory)): self._rescue(run) # those two have done it
         run._publish('error', text=f"{type(e).__name__}: {e}")
-    self.model.eval()
-    if run._undo: run._undo()
-    if self.settings.checkpointing: self.model.gradient_checkpointing_disable()
-    run._set_state(end)
-    if run._file: run._file.close()
-    run._file = None
-    run._done.set()
+    try:
+        self.model.eval()
+        if run._undo: run._undo()
+        if self.settings.checkpointing: self.model.gradient_checkpointing_disable()
+        run._set_state(end)
+        if run._file: run._file.close()
+        _let_go(run._held)
+    finally:
+        run._file = run._held = None
+        _live.discard(run)
+        run._done.set()
 Trainer._work = _work
 
-# %% ../nbs/api/09_trainer.ipynb #7c0520a2
+# %% ../nbs/api/09_trainer.ipynb #482364c5
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once."
-    out = broadcast_object_list([_free_folder(self.out)])[0]
+    _refuse_busy(self.model)
+    out = broadcast_object_list([_free_folder(self.out) if self.rank==0 else None])[0]
     run = Run(self, out)
+    _live.add(run)
+    _hear_sigterm()
     run._thread = threading.Thread(target=self._work, args=(run,), name=f"lora_nb {run.out}", daemon=True)
     run._thread.start()
     return run
@@ -668,21 +767,71 @@ def fit(self:Trainer)->Run:
     return self.start().wait()
 Trainer.start,Trainer.fit = start,fit
 
-# %% ../nbs/api/09_trainer.ipynb #c1772d38
+# %% ../nbs/api/09_trainer.ipynb #cec0f551
+class BadCheckpoint(ValueError): "A checkpoint whose files are damaged or do not fit this run; the adapter was not changed."
+
+def _whole_number(x, least=0): return isinstance(x, int) and not isinstance(x, bool) and x>=least
+def _number(x): return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+def read_state(
+    folder # a checkpoint's
+)->dict:   # step, total_steps, settings, scheduler, samples, best, waited
+    "What run.json says, checked. BadCheckpoint."
+    file = Path(folder)/'run.json'
+    try: s = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e: raise BadCheckpoint(f"{file} is not JSON: {e}") from None
+    if not isinstance(s, dict): raise BadCheckpoint(f"{file} holds a {type(s).__name__}, expected an object.")
+    right = dict(step=_whole_number, total_steps=lambda x: _whole_number(x, 1), samples=_whole_number, waited=_whole_number, best=lambda x: x is None or _number(x), settings=lambda x: isinstance(x, dict), scheduler=lambda x: isinstance(x, dict))
+    for k,ok in right.items():
+        if k not in s or not ok(s[k]): raise BadCheckpoint(f"{file}: {k} is {f'{s[k]!r:.80}' if k in s else 'missing'}; a run writes another thing there.")
+    if s['step']>s['total_steps']: raise BadCheckpoint(f"{file}: step {s['step']} of {s['total_steps']}.")
+    try: check_settings(Settings(**s['settings']))
+    except (TypeError, ValueError) as e: raise BadCheckpoint(f"{file}: settings that are none: {e}") from None
+    return s
+
+# %% ../nbs/api/09_trainer.ipynb #01745698
+def _training_tensors(folder):
+    file = folder/'training.safetensors'
+    try: return load_file(file)
+    except Exception as e: raise BadCheckpoint(f"{file} is not a whole safetensors file: {e}") from None
+
+def _schedule(s, groups, folder):
+    "The fields of a scheduler's state that are numbers; all else of it is this run's own."
+    lists = all(isinstance(s.get(k), list) and len(s[k])==groups and all(map(_number, s[k])) for k in ('base_lrs','_last_lr'))
+    if not lists or not all(_whole_number(s.get(k)) for k in ('last_epoch','_step_count')): raise BadCheckpoint(f"{folder/'run.json'}: the scheduler's state does not fit {groups} groups of parameters.")
+    return {k: s[k] for k in ('base_lrs','_last_lr','last_epoch','_step_count')}|dict(lr_lambdas=[None]*groups)
+
+def _check_optimizer(tensors, params, folder):
+    "BadCheckpoint for a state of another parameter, or of another size than it."
+    for key,t in tensors.items():
+        name,*path = key.split('::')
+        if name not in params or not path: raise BadCheckpoint(f"{folder/'training.safetensors'}: {key!r} belongs to no parameter that trains.")
+        if path[0] in ('exp_avg','exp_avg_sq','state1','state2') and t.shape!=params[name].shape: raise BadCheckpoint(f"{folder/'training.safetensors'}: {key!r} has shape {tuple(t.shape)}, its parameter {tuple(params[name].shape)}.")
+        if t.is_floating_point() and not t.isfinite().all(): raise BadCheckpoint(f"{folder/'training.safetensors'}: {key!r} holds NaN or infinity.")
+
+# %% ../nbs/api/09_trainer.ipynb #e84a20a5
 def _restore(self:Trainer, run):
     folder = Path(self._resume_from)
-    state = json.loads((folder/'run.json').read_text())
-    tensors = load_file(folder/'training.safetensors')
-    self._set_random_state({k:tensors.pop(k) for k in ('rng','cuda_rng') if k in tensors})
-    self.adapter.load_state_dict({k.removeprefix('adapter::'):tensors.pop(k) for k in list(tensors) if k.startswith('adapter::')})
-    load_optimizer_tensors(self.optimizer, self.names, tensors)
-    self.scheduler.load_state_dict(state['scheduler'])
+    state,tensors = read_state(folder),_training_tensors(folder)
+    random = {k:tensors.pop(k) for k in ('rng','cuda_rng') if k in tensors}
+    adapter = {k.removeprefix('adapter::'):tensors.pop(k) for k in list(tensors) if k.startswith('adapter::')}
+    schedule = _schedule(state['scheduler'], len(self.optimizer.param_groups), folder)
+    _check_optimizer(tensors, {n: p for n,p in self.named}, folder)
+    before = torch.get_rng_state()
+    try:
+        self._set_random_state(random)
+        load_optimizer_tensors(self.optimizer, self.names, tensors)
+        self.adapter.load_state_dict(adapter)
+    except (KeyError,TypeError,ValueError,RuntimeError,IndexError,AttributeError) as e:
+        torch.set_rng_state(before)
+        raise BadCheckpoint(f"{folder} does not fit: {e}") from e
+    self.scheduler.load_state_dict(schedule)
     for g,lr in zip(self.optimizer.param_groups, self.scheduler.get_last_lr()): g['lr'] = lr
     run.step,run.best,run.waited = state['step'],state['best'] if state['best'] is not None else math.inf,state['waited']
     return run.step
 Trainer._restore = _restore
 
-# %% ../nbs/api/09_trainer.ipynb #2cc1d20d
+# %% ../nbs/api/09_trainer.ipynb #e593db6e
 def _newest(folder):
     "`folder` where it is a checkpoint, else the newest in it."
     folder = Path(folder)
@@ -690,14 +839,14 @@ def _newest(folder):
     if found := checkpoints(folder): return found[-1]
     raise FileNotFoundError(f"{folder} is no checkpoint of a run (it has no run.json), nor does it hold one.")
 
-# %% ../nbs/api/09_trainer.ipynb #4f6dfa6a
+# %% ../nbs/api/09_trainer.ipynb #1419d976
 def _sweep(out):
     "Remove what killed saves left in a run's folder."
     for p in Path(out).glob('.*.tmp-*'):
         pid = p.name.rpartition('-')[2]
         if pid.isdigit() and not psutil.pid_exists(int(pid)): shutil.rmtree(p)
 
-# %% ../nbs/api/09_trainer.ipynb #1fa56b07
+# %% ../nbs/api/09_trainer.ipynb #6fe19aa1
 @classmethod
 def resume_run(cls,
     folder, # a checkpoint's folder, or a run's: then its newest checkpoint
@@ -708,7 +857,8 @@ def resume_run(cls,
 ):
     "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it."
     folder = _newest(folder)
-    state = json.loads((folder/'run.json').read_text())
+    if (by := _writer(folder.parent)): raise RuntimeError(f"{folder.parent} is being written by a run that is still going{by}. Stop that one first, or copy the checkpoint elsewhere and resume the copy.")
+    state = read_state(folder)
     if state['samples']!=len(data.train): raise ValueError(f"The checkpoint was trained on {state['samples']} samples, data has {len(data.train)}: resume with the same data")
     t = cls(model, data, out or folder.parent, score, **state['settings'])
     t._resume_from = folder
@@ -716,10 +866,10 @@ def resume_run(cls,
     return t
 Trainer.resume = resume_run
 
-# %% ../nbs/api/09_trainer.ipynb #33122312
+# %% ../nbs/api/09_trainer.ipynb #12d549e5
 class OutOfMemory(RuntimeError): "The device's memory did not suffice; the message says what held it and what to change."
 
-# %% ../nbs/api/09_trainer.ipynb #7f01de90
+# %% ../nbs/api/09_trainer.ipynb #807c4d8f
 def memory_advice(
     kinds:dict,      # {kind: bytes} at the peak, as `held` gives them
     s:Settings,
@@ -735,7 +885,7 @@ def memory_advice(
     if s.optimizer=='adamw' and opt: advice.append(("optimizer='paged_adamw8bit'", opt*3//4))
     return sorted(advice, key=lambda a: -a[1])
 
-# %% ../nbs/api/09_trainer.ipynb #388df10f
+# %% ../nbs/api/09_trainer.ipynb #9f030137
 def _out_of_memory(self:Trainer, run, samples):
     "The error to raise, with the figures of this moment."
     kinds = held(self.model, self.adapter, self.optimizer)
@@ -750,7 +900,7 @@ def _out_of_memory(self:Trainer, run, samples):
                        + f". Last good checkpoint: {run.checkpoint or 'none yet'}.")
 Trainer._out_of_memory = _out_of_memory
 
-# %% ../nbs/api/09_trainer.ipynb #5d2e10de
+# %% ../nbs/api/09_trainer.ipynb #4107125e
 def read_events(
     file         # a run's events.jsonl
 )->list:         # of events
@@ -761,7 +911,9 @@ def read_events(
         try:
             e = json.loads(line)
             if not (isinstance(e, dict) and isinstance(e.get('kind'), str) and all(isinstance(e.get(k), (int, float)) for k in ('step','time'))): raise ValueError("expected an object with kind, step and time")
-        except ValueError as err:
+            need = dict(step=('loss','lr','epoch','tokens'), eval=('loss',)).get(e['kind'], ())
+            if odd := [k for k in need if not isinstance(e.get(k), (int, float))]: raise ValueError(f"{odd[0]} is no number")
+        except (ValueError, RecursionError) as err:
             if i==len(lines): break # cut short
             raise ValueError(f"{file}, line {i}: no event of a run ({err})") from None
         events.append(e)
@@ -777,7 +929,7 @@ class PastRun:
         self.state,self.error = last('state', 'state', 'cut off'),last('error', 'text', None)
         if self.state in ('running','paused'): self.state = 'cut off'
         self.step,saved = last('step', 'step', 0),self.checkpoint
-        self.total_steps = json.loads((saved/'run.json').read_text())['total_steps'] if saved else self.step
+        self.total_steps = read_state(saved)['total_steps'] if saved else self.step
 
     model = adapter = None
     log,evals = Run.log,Run.evals
@@ -789,7 +941,7 @@ class PastRun:
     def subscribe(self, fn): return lambda: None
     def while_waiting(self, fn): return lambda: None
 
-# %% ../nbs/api/09_trainer.ipynb #934cf239
+# %% ../nbs/api/09_trainer.ipynb #79c6fde0
 def to_tensorboard(
     run:Run,
     folder=None # of the event files; None: 'tensorboard' in the run's folder

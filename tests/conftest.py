@@ -11,6 +11,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_nb.data import Sample
 
 
+LONGEST = ['live', 'test_kills', 'test_notebooks', 'browser']  # what begins first, so that no long one is left at the end
+
+
+def together(item):
+    "Tests with the same name here run in one process, one after another: a file's, each notebook by itself, and those that need the whole first tutorial."
+    file = item.path.stem
+    return 'live' if file in ('test_tutorial', 'test_merge_trained') else item.name if file=='test_notebooks' else file
+
+
+def pytest_collection_modifyitems(items):
+    rank = lambda i: next((n for n, name in enumerate(LONGEST) if together(i)==name or i.path.stem.endswith(name)), len(LONGEST))
+    items.sort(key=rank)
+    for i in items: i.add_marker(pytest.mark.xdist_group(together(i)))
+
+
 def tiny_llama(seed=0, **kwargs):
     torch.manual_seed(seed)
     cfg = dict(vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)

@@ -1,5 +1,4 @@
 "Every api notebook runs from start to end; they and the tutorials are committed as they should be."
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -19,23 +18,19 @@ def run(path):
     return nb
 
 
-@pytest.fixture(scope='module')
-def runs(request):
-    "The chosen notebooks, two at a time with one thread each, the long ones at their small setting: path → future."
-    chosen = {i.callspec.params['path'] for i in request.session.items if i.name.startswith(('test_api_notebook_runs[', 'test_tutorial_runs['))}
-    with pytest.MonkeyPatch.context() as env, ThreadPoolExecutor(2) as pool:
-        env.setenv('OMP_NUM_THREADS', '1')
-        env.setenv('LORA_NB_SMALL', '1')
-        yield {p: pool.submit(run, p) for p in sorted(chosen)}
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    "The long ones at their small setting."
+    monkeypatch.setenv('LORA_NB_SMALL', '1')
 
 
 @pytest.mark.parametrize('path', API, ids=lambda p: p.stem)
-def test_api_notebook_runs(path, runs): runs[path].result()
+def test_api_notebook_runs(path): run(path)
 
 
 @pytest.mark.parametrize('path', TUTORIALS[1:], ids=lambda p: p.stem)
-def test_tutorial_runs(path, runs):
-    nb = runs[path].result()
+def test_tutorial_runs(path):
+    nb = run(path)
     if path.stem == '02_four_bits': claims_hold(printed(nb))
 
 

@@ -33,7 +33,7 @@ def test_version_stands_in_one_place():
     assert CFG['version'] not in (ROOT/'setup.py').read_text()+(ROOT/'pyproject.toml').read_text()
 
 
-ORDER = ['codebook', 'quantize', 'linear4bit', 'lora', 'adapter', 'models', 'data', 'loss', 'fast', 'memory', 'trainer', 'spectra', 'sensitivity', 'merge', 'ranks', 'widgets', 'all', 'cli']
+ORDER = ['codebook', 'quantize', 'linear4bit', 'lora', 'adapter', 'models', 'data', 'loss', 'fast', 'memory', 'trainer', 'spectra', 'sensitivity', 'merge', 'ranks', 'fit', 'recall', 'widgets', 'all', 'cli']
 
 
 @pytest.mark.parametrize('path', sorted((ROOT/'lora_nb').rglob('*.py')), ids=lambda p: p.stem)

@@ -15,22 +15,28 @@ from live_tiny import tiny_run
 from merge_tiny import model, samples, tiny_report
 from lora_nb.quantize import NF4, FP4
 from lora_nb.widgets.adapter_inspector import AdapterInspector
+from lora_nb.widgets.fit_planner import FitPlanner
 from lora_nb.widgets.live_run import LiveRun
 from lora_nb.widgets.merge_report import MergeReport
 from lora_nb.widgets.quant_explorer import QuantExplorer
 from lora_nb.widgets.rank_spectrum import RankSpectrum
+from lora_nb.widgets.recall import Recall
 run = tiny_run('run').wait(progress=False)""",
     explorer="explorer = QuantExplorer(model, samples, a=NF4(double=True), b=FP4(blocksize=128))\nexplorer.measure('A')\nexplorer",
     inspector="inspector = AdapterInspector(run.adapter)\ninspector",
     spectrum="spectrum = RankSpectrum(run.adapter)\nspectrum",
     report="report = tiny_report()\nMergeReport(report)",
+    planner="planner = FitPlanner('llama3-8b', 'T4', seq=2048)\nplanner",
     past="LiveRun('run')",
+    recall="recall = Recall('recall.json', seed=0).start()\nwhile not recall.finished: recall.answer(recall.item.wrong[0][0] if recall.item.wrong else recall.item.answer); recall.next_question()\nrecall",
     told="""f, n = explorer.data('facts'), inspector.norms('left').loc[inspector.layer]
 print(json.dumps(dict(
     explorer=[f"{f['A']['bits']:.3f}", f"{f['A']['error']:.2%}", f"{f['B']['error']:.2%}", f"{f['A']['loss']:.4f}", 'not measured'],
     inspector=[inspector.layer, f"{n.BA:.4g}" if 'BA' in n else f"{n.iloc[-1]:.4g}"],
     spectrum=[f"effective rank {spectrum.data('ranks').value[spectrum.step()]:.2f} of 4"],
     report=[*report.index, f"{report.loss.iloc[0]:.4f}", 'recommended'],
+    recall=[f'{recall.score:g} of 10 points', *recall.data('test').level, f'{recall.data().reviews.sum()} of {len(recall.items)} items seen'],
+    planner=['too much', f'up to {planner.plan().longest:,} tokens', *[name for name, _ in planner.plan().changes()]],
     past=['finished', f'step {run.step} of {run.total_steps}', f"loss"])))""")
 
 

@@ -13,8 +13,7 @@ import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as
 from functools import partial
 from pathlib import Path
 from IPython.display import display
-from safetensors import safe_open
-from ..adapter import Adapter, block_index
+from ..adapter import Adapter, BadAdapterFile, block_index, _check_config, _opened
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, shrink, still_table, style_sheet)
 
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #13cf8c01
@@ -36,8 +35,11 @@ class Factors:
         self.file,config = Path(source)/'adapter_model.safetensors',Path(source)/'adapter_config.json'
         for f in (self.file, config):
             if not f.is_file(): raise FileNotFoundError(f"No {f.name} in '{source}': give an Adapter, or a folder that Adapter.save or a run's checkpoint wrote.")
-        self.cfg = json.loads(config.read_text(encoding='utf-8'))
-        with safe_open(self.file, 'pt') as f: keys = list(f.keys())
+        try: self.cfg = json.loads(config.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as e: raise BadAdapterFile(f'{config} is not JSON: {e}.') from None
+        if not isinstance(self.cfg, dict): raise BadAdapterFile(f"{config} holds a {type(self.cfg).__name__}; expected an object with PEFT's fields.")
+        _check_config(self.cfg, config)
+        with _opened(self.file) as f: keys = list(f.keys())
         self.keys = {k.removeprefix('base_model.model.').split('.lora_')[0]:k for k in keys if '.lora_A' in k or '.lora_embedding_A' in k}
         self.layers = sorted(self.keys, key=lambda path: [(int(p), '') if p.isdigit() else (-1, p) for p in path.split('.')])
 
@@ -47,7 +49,8 @@ class Factors:
         "One layer's factors. `KeyError` with the nearest names."
         _known(layer, self.layers)
         if self.adapter is None:
-            with safe_open(self.file, 'pt') as f: A,B = (f.get_tensor(k).float() for k in (self.keys[layer], self.keys[layer].replace('lora_A', 'lora_B').replace('lora_embedding_A', 'lora_embedding_B')))
+            with _opened(self.file) as f: A,B = (f.get_tensor(k).float() for k in (self.keys[layer], self.keys[layer].replace('lora_A', 'lora_B').replace('lora_embedding_A', 'lora_embedding_B')))
+            if A.ndim!=2 or B.ndim!=2 or 0 in A.shape or len(A)!=B.shape[1]: raise BadAdapterFile(f'{self.file}: the factors of {layer} are A {tuple(A.shape)} and B {tuple(B.shape)}; expected (r, in) and (out, r).')
             return A,B,folder_scaling(self.cfg, layer, len(A))
         module,name = self.adapter.layers[layer],self.adapter.name
         A,B = (t.detach().float().cpu().clone() for t in module.factors(name))
