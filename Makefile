@@ -1,11 +1,11 @@
-# make lab · make test · make export · make bench
+# make lab · make test · make export · make bench · make docs
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 TUTORIAL := nbs/tutorials/01_live_qlora.ipynb
 NOTEBOOKS := $(wildcard nbs/api/*.ipynb)
 
-.PHONY: lab test export check-export bench wheel clean browser
+.PHONY: lab test export check-export bench docs docs-quarto animation wheel clean browser
 
 lab: $(VENV)/installed
 ifdef HEADLESS
@@ -39,8 +39,17 @@ check-export: $(VENV)/tests-installed
 bench: $(VENV)/tests-installed
 	for f in benchmarks/[a-z]*.py; do $(BIN)/python $$f || exit 1; done
 
+docs: $(VENV)/tests-installed
+	$(BIN)/python tools/docs.py
+
+docs-quarto: $(VENV)/tests-installed # nbdev's own route; needs the program Quarto (quarto-cli on PyPI downloads it)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/nbdev_docs
+
+animation: $(VENV)/tests-installed browser
+	$(BIN)/python tools/animation.py
+
 wheel: $(VENV)/tests-installed
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 clean:
-	rm -rf build dist *.egg-info test-artifacts
+	rm -rf build dist _docs _proc *.egg-info test-artifacts

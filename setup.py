@@ -1,4 +1,5 @@
 "Packaging: everything that is a fact comes from settings.ini; the tutorials and data travel inside the wheel."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -7,11 +8,15 @@ config = ConfigParser(delimiters=['='])
 config.read(Path(__file__).with_name('settings.ini'))
 cfg = config['DEFAULT']
 
+readme = Path(__file__).with_name('README.md').read_text(encoding='utf-8')
+readme = re.sub(r'(!\[[^\]]*\])\((?!\w+:|#)', rf"\1({cfg['git_url']}/raw/{cfg['branch']}/", readme)          # a page of the package has no files beside it
+readme = re.sub(r'\]\((?!\w+:|#)', rf"]({cfg['git_url']}/blob/{cfg['branch']}/", readme)
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], license='Apache-2.0',
     license_files=['LICENSE'], author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'],
     keywords=cfg['keywords'].split(), python_requires=f">={cfg['min_python']}",
-    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description=readme,
     long_description_content_type='text/markdown',
     packages=[*find_packages(include=['lora_nb', 'lora_nb.*']), 'lora_nb._nbs'],
     package_dir={'lora_nb._nbs': 'nbs'},

@@ -10,7 +10,7 @@ from browser import Lab, LivePage, chromium, jupyterlab, notebook, until
 IMAGES, LIMIT = ROOT/'nbs/images', 1_500_000
 CELLS = [f'import sys; sys.path.insert(0, {str(ROOT)!r})',
          'from lora_nb.all import *\nmodel, tok = load_model("smollm2", quant=NF4(double=True))\nadapter    = add_lora(model, r=16, alpha=32)\ndata       = chat_data(example_data(), tok, max_len=128, val=.01)',
-         'run = Trainer(model, data, lr=1.5e-3, epochs={epochs}, batch_size=6, eval_every=8, out="runs/first").start()\nLiveRun(run, questions=["What does LoRA stand for?"], ask_every=60)']
+         'run = Trainer(model, data, lr=1.5e-3, epochs={epochs}, batch_size=4, eval_every=6, out="runs/first").start()\nLiveRun(run, questions=["What does LoRA stand for?"], ask_every=60)']
 
 
 def shot(of, **kw): return Image.open(io.BytesIO(of.screenshot(**kw))).convert('RGB')
@@ -40,8 +40,8 @@ def save_gif(pictures, path, ms=220):
     return path.stat().st_size
 
 
-def main(steps=40):
-    cells = [c.replace('{epochs}', f'{steps}*6/len(data.train)') for c in CELLS]
+def main(steps=24):
+    cells = [c.replace('{epochs}', f'{steps}*4/len(data.train)') for c in CELLS]
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:
         work, home = Path(tmp)/'work', Path(tmp)/'home'

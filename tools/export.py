@@ -1,5 +1,5 @@
 "Export the notebooks, clean them, write README.md and environment.yml; with --check, fail where that changes anything."
-import re, subprocess, sys
+import os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,6 +22,7 @@ def readme():
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_filename(str(ROOT/'nbs/index.ipynb'))
     body = re.sub(r'^#\| .*\n', '', body, flags=re.M)
+    body = re.sub(r'\]\((?!\w+:|#)([^)\s]+)\)', lambda m: f"]({os.path.normpath('nbs/'+m[1])})", body)   # links of nbs/index.ipynb, seen from the root
     return '<!-- Made by `make export` from nbs/index.ipynb; edit that. -->\n\n' + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 
 
