@@ -219,7 +219,7 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 def _call(fn, *args): fn(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_longlong(a) for a in args))
 
 def _native(name, want, *args):
-    "bitsandbytes' CPU function `name`, if it is there and `name(*args)` fills a tensor like `want` with want's values; else None. args hold None for the result."
+    "bitsandbytes' CPU function `name`, if it is there and `name(*args)` fills a tensor like `want` with its values; else None. args hold None for the result."
     try:
         from bitsandbytes.cextension import lib
         fn, got = getattr(lib, name), torch.zeros_like(want)

@@ -38,7 +38,7 @@ def public(module): return [n for n in getattr(module, '__all__', [])]
 def entry(module, name):
     "Markdown for one public name: signature, docstring, docments table, public methods."
     obj = getattr(module, name)
-    if not (inspect.isclass(obj) or inspect.isroutine(obj)): return f'### {name}\n\n```python\n{name} = {short(obj)}\n```\n'
+    if not (inspect.isclass(obj) or inspect.isroutine(obj)): return f'### {name} {{#{name}}}\n\n```python\n{name} = {short(obj)}\n```\n'
     return described(obj, name, 3) + ''.join(described(m, f'{name}.{k}', 4) for k, m in methods(obj))
 
 
