@@ -36,3 +36,32 @@ def test_the_quick_look_says_what_it_shows(quick):
 
 def test_they_are_light():
     for name in ('00_quick_look', '07_together'): assert (TUTORIALS/f'{name}.ipynb').stat().st_size < 150_000
+
+
+def test_a_wrong_adapter_is_worse_than_none(together):
+    loss = result(together)['loss']
+    for topic, other in (('adapters', 'bits'), ('bits', 'adapters')): assert loss[topic][topic] < .05 < 4.5 < loss['base'][topic] < loss[other][topic]
+    assert result(together)['by_row'] < 1e-3 and result(together)['switch'] < .1
+
+
+def test_sums_are_what_is_said_of_them(together):
+    at = {(s['weights'], s['how']): s for s in result(together)['sums']}
+    half, full = at[.5, 'cat'], at[1., 'cat']
+    assert f"{half['adapters']:.2f}, {half['bits']:.2f}" == '0.54, 0.60' and full['adapters'] < half['adapters'] and full['bits']-half['bits'] > half['adapters']-full['adapters']
+    assert half['away'] < 1e-6 and round(at[.5, 'svd']['away'], 2) == .12 and round(at[.5, 'linear']['away'], 2) == 1                # "12 % of the sum", "as far from the sum as the sum is long"
+    assert all(at[w, 'svd'][t]-at[w, 'cat'][t] < .1 for w in (.5, 1.) for t in ('adapters', 'bits'))                                 # "less than 0.1 nats"
+    assert at[.5, 'linear']['adapters']-half['adapters'] < .06 and round(at[.5, 'linear']['bits']-half['bits'], 1) == .8
+    base = result(together)['loss']['base']
+    assert 3.5 < at[1., 'linear']['adapters'] < base['adapters'] and at[1., 'linear']['bits'] > base['bits']                         # "little is left of the one and nothing of the other"
+
+
+def test_cuts_and_merges_cost_what_is_said(together):
+    r = result(together)
+    losses = [r['cuts'][f'rank {k}'] for k in (16, 8, 4, 2, 1)]
+    for t in ('adapters', 'bits'):
+        costs = [b[t]-a[t] for a, b in zip(losses, losses[1:])]
+        assert costs == sorted(costs) and round(costs[0], 2) in (.08, .09) and costs[-1] < .4                                        # "from 0.08 to nearly 0.4 nats"
+    said = printed(together)
+    assert r['chosen'] == 'base, bf16' and r['kl']['base, fp32'] < 1e-9 and round(r['delta']['base, bf16'], 3) == .002 and r['same']
+    for way, words in (('base, 4bit', 'undoing 99 %'), ('original, 4bit', 'undoing 3.4 %'), ('original, fp32', 'undoing 9.6 %')): assert re.search(rf'{way}: .*{words}', said), way
+    assert r['peak_memory'] < 3e9 and r['merged_bytes'] < .3e9
