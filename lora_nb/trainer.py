@@ -620,7 +620,7 @@ def _try_checkpoint(self:Trainer, run, name='checkpoint'):
 
 def _rescue(self:Trainer, run):
     "A checkpoint of the last whole step of a run that fails."
-    if self.world>1 or not run.step or not run._whole or not all(p.isfinite().all() for _,p in self.named): return
+    if self.world>1 or not run.step or not run._whole or (run.out/f'checkpoint-{run.step}').exists() or not all(p.isfinite().all() for _,p in self.named): return
     try: self._checkpoint(run)
     except Exception as e: run._publish('warning', text=f"The checkpoint of step {run.step} could not be written: {e}. The adapter in memory is that step's: adapter.save(folder) writes it elsewhere.")
 Trainer._try_checkpoint,Trainer._rescue = _try_checkpoint,_rescue
@@ -735,9 +735,10 @@ def _work(self:Trainer, run):
         end = self._train(run)
     except BaseException as e:
         run.error,end = e,'failed'
-        if not isinstance(e, (NonFiniteLoss,OutOfMemory)): self._rescue(run) # those two have done it
-        run._publish('error', text=f"{type(e).__name__}: {e}")
     try:
+        if run.error:
+            self._rescue(run)
+            run._publish('error', text=f"{type(run.error).__name__}: {run.error}")
         self.model.eval()
         if run._undo: run._undo()
         if self.settings.checkpointing: self.model.gradient_checkpointing_disable()
