@@ -753,7 +753,7 @@ Trainer._work = _work
 
 # %% ../nbs/api/09_trainer.ipynb #482364c5
 def start(self:Trainer)->Run:
-    "Train in a worker thread; returns at once."
+    "Train in a worker thread; returns at once. RuntimeError where this model is being trained already, OSError where the folder cannot be made."
     _refuse_busy(self.model)
     out = broadcast_object_list([_free_folder(self.out) if self.rank==0 else None])[0]
     run = Run(self, out)
@@ -855,7 +855,7 @@ def resume_run(cls,
     out=None,  # where to go on; None: beside the run that was cut
     score=None # as in `Trainer`
 ):
-    "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it."
+    "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it (BadCheckpoint where its files are damaged), RuntimeError where the run is still being written."
     folder = _newest(folder)
     if (by := _writer(folder.parent)): raise RuntimeError(f"{folder.parent} is being written by a run that is still going{by}. Stop that one first, or copy the checkpoint elsewhere and resume the copy.")
     state = read_state(folder)
