@@ -232,7 +232,7 @@ def not_a_number(where):
             backward = t._backward
             def poisoned(batches, n):
                 total = backward(batches, n)
-                if run.step<999: return total
+                if t.scheduler.last_epoch<999: return total
                 if where=='loss': return float('nan')
                 next(p for _,p in t.named).grad[0] = float('nan')
                 return total
@@ -255,7 +255,7 @@ def raises(out, whole, rng):
         t = trainer(o)
         make = t._batch
         def bad(samples):
-            if run.step==at: raise LookupError('a row that is gone')
+            if t.scheduler.last_epoch==at: raise LookupError('a row that is gone')
             return make(samples)
         t._batch = bad
         run = paced(t.start())

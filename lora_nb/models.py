@@ -524,7 +524,7 @@ def load_model(
     """Read a causal language model, quantising each linear layer before the next tensor is read.
     Peak memory is the finished model plus its largest tensor. The output embeddings, and what they are tied to, are never quantised.
     Only safetensors, GGUF and JSON are read. A checkpoint that transformers saved in 4 bits with bitsandbytes keeps its own quantisation.
-    Raises FileNotFoundError for what is not there, ValueError for what cannot be read, KeyError for a layer in `quant` that does not exist; each says what to do."""
+    Raises FileNotFoundError for what is not there, ValueError for what cannot be read (`BadModel` where its files are damaged or absurd), KeyError for a layer in `quant` that does not exist; each says what to do."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device)
     path,name = locate(source, trust_remote_code)

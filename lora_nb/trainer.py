@@ -621,7 +621,7 @@ def _try_checkpoint(self:Trainer, run, name='checkpoint'):
 
 def _rescue(self:Trainer, run):
     "A checkpoint of the last whole step of a run that fails."
-    if self.world>1 or not run.step or not run._whole or not all(p.isfinite().all() for _,p in self.named): return
+    if self.world>1 or not run.step or not run._whole or (run.out/f'checkpoint-{run.step}').exists() or not all(p.isfinite().all() for _,p in self.named): return
     try: self._checkpoint(run)
     except Exception as e: run._publish('warning', text=f"The checkpoint of step {run.step} could not be written: {e}. The adapter in memory is that step's: adapter.save(folder) writes it elsewhere.")
 Trainer._try_checkpoint,Trainer._rescue = _try_checkpoint,_rescue
@@ -736,9 +736,10 @@ def _work(self:Trainer, run):
         end = self._train(run)
     except BaseException as e:
         run.error,end = e,'failed'
-        if not isinstance(e, (NonFiniteLoss,OutOfMemory)): self._rescue(run) # those two have done it
-        run._publish('error', text=f"{type(e).__name__}: {e}")
     try:
+        if run.error:
+            self._rescue(run)
+            run._publish('error', text=f"{type(run.error).__name__}: {run.error}")
         self.model.eval()
         if run._undo: run._undo()
         if self.settings.checkpointing: self.model.gradient_checkpointing_disable()
@@ -753,7 +754,7 @@ Trainer._work = _work
 
 # %% ../nbs/api/09_trainer.ipynb #482364c5
 def start(self:Trainer)->Run:
-    "Train in a worker thread; returns at once."
+    "Train in a worker thread; returns at once. RuntimeError where this model is being trained already, OSError where the folder cannot be made."
     _refuse_busy(self.model)
     out = broadcast_object_list([_free_folder(self.out) if self.rank==0 else None])[0]
     run = Run(self, out)
@@ -855,7 +856,7 @@ def resume_run(cls,
     out=None,  # where to go on; None: beside the run that was cut
     score=None # as in `Trainer`
 ):
-    "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it."
+    "A Trainer that goes on where the checkpoint was written. Raises ValueError where data or adapter do not fit it (BadCheckpoint where its files are damaged), RuntimeError where the run is still being written."
     folder = _newest(folder)
     if (by := _writer(folder.parent)): raise RuntimeError(f"{folder.parent} is being written by a run that is still going{by}. Stop that one first, or copy the checkpoint elsewhere and resume the copy.")
     state = read_state(folder)
