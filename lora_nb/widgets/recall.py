@@ -84,7 +84,7 @@ def _button(name, tip, width='130px'): return widgets.Button(description=name, t
 def _build(self:Recall):
     wide = lambda: widgets.Layout(width='auto')     # one each: they are shown and hidden one by one
     self.choose_mode = widgets.Dropdown(options=_MODES, value='cards', description='Practise', layout=widgets.Layout(width='240px'))
-    self.choose_level = widgets.Dropdown(options=['all', *CARD_LEVELS], value='all', description='Level', layout=widgets.Layout(width='240px'))
+    self.choose_level = {mode:widgets.Dropdown(options=['all', *levels], description='Level', layout=widgets.Layout(width='240px')) for mode,levels in dict(cards=CARD_LEVELS, test=LEVELS).items()}
     self.radio = widgets.RadioButtons(options=[], tooltip='Choices', layout=wide())
     self.line = widgets.Text(description='It prints', placeholder='what the cell prints', continuous_update=False, layout=wide())
     self.words = widgets.Textarea(description='Answer', placeholder='in your own words', rows=3, continuous_update=False, layout=wide())
@@ -93,7 +93,7 @@ def _build(self:Recall):
     self._status,self._head,self._question,self._feedback,self._proof,self._trouble = (widgets.HTML() for _ in range(6))
     row = lambda *ws: widgets.HBox(ws, layout=widgets.Layout(flex_flow='row wrap', align_items='center', grid_gap='4px 8px'))
     self._rates = row(*self.ratings.values())
-    self._top = panel(row(self.choose_mode, self.choose_level), self._status, self._trouble)
+    self._top = panel(row(self.choose_mode, *self.choose_level.values()), self._status, self._trouble)
     self._body = panel(self._head, self._question, self.radio, self.line, self.words, self._feedback, self._rates, row(self.main, self.show, self.over), self._proof)
     self._body.layout.margin = '8px 0 0 0'
     self._wire()
@@ -101,7 +101,7 @@ Recall._build = _build
 
 def _wire(self:Recall):
     self.choose_mode.observe(self._mode_chosen, 'value')
-    self.choose_level.observe(self._level_chosen, 'value')
+    for w in self.choose_level.values(): w.observe(self._level_chosen, 'value')
     self.main.on_click(self._press)
     self.show.on_click(lambda _: self.show_me())
     self.over.on_click(lambda _: self.start(self.level['test']))
@@ -260,9 +260,9 @@ def _controls(self:Recall):
     self._quiet = True
     try:
         self.choose_mode.value = self.mode
-        levels = ('all', *(CARD_LEVELS if self.mode=='cards' else LEVELS))
-        if self.choose_level.options!=levels: self.choose_level.options = levels
-        self.choose_level.value = self.level[self.mode] or 'all'
+        for mode,w in self.choose_level.items():
+            w.value = self.level[mode] or 'all'
+            _visible(w, mode==self.mode)
     finally: self._quiet = False
     if self.mode=='cards' and self.revealed:
         card,now = self.progress.cards.get(self.item.id),datetime.now(timezone.utc)
