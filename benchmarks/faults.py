@@ -338,7 +338,7 @@ def kernel(out, whole, rng, restart):
         back = km.client()
         back.start_channels()
         back.wait_for_ready(timeout=90)
-        back.execute_interactive('run.wait(False)', timeout=90)
+        back.execute_interactive('run.wait(False);', timeout=90)
         back.stop_channels()
         if losses(out)!=whole: raise Lost('steps')
     finally:
