@@ -1,10 +1,10 @@
 """What `plan` says beforehand beside what the process then takes, on the real SmolLM2-135M on this CPU.
 
-    python benchmarks/plan.py [--only N …]
+    python benchmarks/plan.py [--only N …] [--heap]
 
 Each setting in a new process: the plan, then the model, an adapter, and two steps of `Trainer` with every token learned from;
 then the highest memory that the process ever had. A ratio above 1: the plan asked for more than was taken.
-"heap" is the same run without `free_at_once`: what the C library's heap would hold on to."""
+With --heap the same run again without `free_at_once`: what the C library's heap would hold on to."""
 import argparse, json, subprocess, sys, tempfile
 from types import SimpleNamespace
 
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     for n in args.only if args.only is not None else range(len(SETTINGS)):
         said, peak = apart(n)
         ratios.append(said/peak)
-        print(f"{', '.join(f'{k}={v}' for k, v in SETTINGS[n].items()):<56} plan {said:6.0f} MiB  measured {peak:6.0f}  plan/measured {said/peak:.2f}  heap {apart(n, True)[1]:6.0f}", flush=True)
+        print(f"{', '.join(f'{k}={v}' for k, v in SETTINGS[n].items()):<56} plan {said:6.0f} MiB  measured {peak:6.0f}  plan/measured {said/peak:.2f}" + (f"  heap {apart(n, True)[1]:6.0f}" if args.heap else ""), flush=True)
     print(f"plan/measured: min {min(ratios):.2f}  max {max(ratios):.2f} over {len(ratios)} settings")

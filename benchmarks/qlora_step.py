@@ -1,11 +1,12 @@
 """A QLoRA training step: this package beside peft + bitsandbytes, on the same model, data, adapter and optimizer.
 
-    python benchmarks/qlora_step.py [--settings all,chat,checkpoint] [--dtype float32] [--rounds 5] [--steps 2] [--threads N]
+    python benchmarks/qlora_step.py [--settings all,chat,checkpoint] [--beside peft,trl] [--dtype float32] [--rounds 5] [--steps 2] [--threads N]
 
 SmolLM2-135M, NF4 with double quantisation, r=16 on all linear layers, AdamW. Each side lives in a fresh process of its own and
 waits while the other works; the sides take turns within a round, so that a slow moment of the machine meets both. A ratio is ours
 over theirs within one round (tokens/s: above 1 means that we are faster); min, median and max are over the rounds. Peak memory is
 what a fresh process holds beyond its imports, from loading to the last step. `--agree 50` compares the losses of 50 steps.
+`--beside trl` takes the loss of TRL's SFTTrainer, which computes accuracy and entropy beside it, over the same peft model.
 
     all         4 × 256 tokens of prose, every token labelled
     chat        nbs/data/lora_qa.jsonl, answers labelled, 4 samples to a batch as they come; tokens/s counts labelled tokens
@@ -105,8 +106,7 @@ def general(setting, dtype, device, folder):
     lora_nb.fast.fast_loss = lora_nb.loss.model_loss
     return ours(setting, dtype, device, folder)
 
-def peft(setting, dtype, device, folder):
-    import torch
+def peft_model(setting, dtype, device, folder):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
@@ -117,16 +117,32 @@ def peft(setting, dtype, device, folder):
     for name,p in model.named_parameters():
         if '.lora_A.' in name: start_A(name.removeprefix('base_model.model.').split('.lora_A.')[0], p)
     model.config.use_cache = False
-    model.train()
-    pad = model.config.pad_token_id or 0
-    def loss(rows):
-        n = max(len(ids) for ids,_ in rows)
-        fill = lambda xs,v: xs+[v]*(n-len(xs))
-        batch = dict(input_ids=[fill(i, pad) for i,_ in rows], labels=[fill(l, -100) for _,l in rows], attention_mask=[fill([1]*len(i), 0) for i,_ in rows])
-        return model(**{k: torch.tensor(v, device=device) for k,v in batch.items()}).loss
-    return [p for p in model.parameters() if p.requires_grad],loss
+    return model.train()
 
-SIDES = dict(ours=ours, general=general, peft=peft)
+def padded(rows, pad, device):
+    import torch
+    n = max(len(ids) for ids,_ in rows)
+    fill = lambda xs,v: xs+[v]*(n-len(xs))
+    batch = dict(input_ids=[fill(i, pad) for i,_ in rows], labels=[fill(l, -100) for _,l in rows], attention_mask=[fill([1]*len(i), 0) for i,_ in rows])
+    return {k: torch.tensor(v, device=device) for k,v in batch.items()}
+
+def peft(setting, dtype, device, folder):
+    model = peft_model(setting, dtype, device, folder)
+    pad = model.config.pad_token_id or 0
+    return [p for p in model.parameters() if p.requires_grad],lambda rows: model(**padded(rows, pad, device)).loss
+
+def trl(setting, dtype, device, folder):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+    model = peft_model(setting, dtype, device, folder)
+    pad = model.config.pad_token_id or 0
+    args = SFTConfig(output_dir=tempfile.mkdtemp(), report_to='none', gradient_checkpointing=setting=='checkpoint', bf16=False, use_cpu=device.type=='cpu', max_length=None)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_dict(dict(input_ids=[[1, 2, 3]])), processing_class=AutoTokenizer.from_pretrained(folder))
+    model.train()
+    return [p for p in model.parameters() if p.requires_grad],lambda rows: trainer.compute_loss(model, padded(rows, pad, device))
+
+SIDES = dict(ours=ours, general=general, peft=peft, trl=trl)
 
 # -- one side's process -------------------------------------------------------------------------------------------------------
 
@@ -136,6 +152,7 @@ def work(side, setting, dtype, threads, clock, folder, count, pipe):
         import torch, transformers, transformers.models.llama.modeling_llama, transformers.models.llama.tokenization_llama # noqa
         import bitsandbytes, lora_nb.fast, lora_nb.models, lora_nb.adapter # noqa
         if side in ('peft', 'trl'): import peft # noqa
+        if side=='trl': import trl # noqa
         transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
         if threads: torch.set_num_threads(threads)
         now = getattr(time, clock)
@@ -200,31 +217,31 @@ def line(title, ratios, better, unit=''):
 
 def compare(setting, a, folder):
     count = max(a.agree+1, a.rounds*a.steps+2)
-    args = (setting, a.dtype, a.threads, a.clock, folder, count)
-    sides = [Side(a.ours, *args), Side('peft', *args)]
-    first,second = sides
-    print(f'\n{setting}: {first.info["trained"]:,} trained parameters on both sides' if first.info['trained']==second.info['trained'] else f'\n{setting}: NOT the same parameters: {first.info["trained"]} and {second.info["trained"]}')
-    speed,losses = {s.name: [] for s in sides},[(first.info['loss'], second.info['loss'])]
+    sides = [Side(n, setting, a.dtype, a.threads, a.clock, folder, count) for n in (a.ours, *a.beside.split(','))]
+    speed,losses = {s.name: [] for s in sides},{s.name: [s.info['loss']] for s in sides}
     what = 'labels' if setting=='chat' else 'tokens'
     for r in range(a.rounds):
         steps = [1+r*a.steps+k for k in range(a.steps)]
-        done = {}
         for s in (sides, sides[::-1])[r%2]:
             got = [s.ask('step', i) for i in steps]
             speed[s.name].append(sum(s.info[what][i] for i in steps)/sum(t for t,_ in got))
-            done[s.name] = [l for _,l in got]
-        losses += zip(done[first.name], done['peft'])
-    for i in range(1+a.rounds*a.steps, a.agree): losses.append(tuple(s.ask('step', i)[1] for s in sides))
-    memory = [s.ask('memory', 0) for s in sides]
+            losses[s.name] += [l for _,l in got]
+    for i in range(1+a.rounds*a.steps, a.agree):
+        for s in sides: losses[s.name].append(s.ask('step', i)[1])
+    for s in sides: s.memory = s.ask('memory', 0)
     for s in sides: s.close()
-    mine,theirs = speed[first.name],speed['peft']
-    name = 'labelled tokens/s' if setting=='chat' else 'tokens/s'
-    line(name, [x/y for x,y in zip(mine, theirs)], 1, f'ours {statistics.median(mine):.1f}, theirs {statistics.median(theirs):.1f}')
+    for s in sides[1:]: report(setting, what, sides[0], s, speed, losses)
+
+def report(setting, what, ours, theirs, speed, losses):
+    alike = ours.info['trained']==theirs.info['trained']
+    print(f"\n{setting}, beside {theirs.name}: " + (f"{ours.info['trained']:,} trained parameters on both sides" if alike else f"NOT the same parameters: {ours.info['trained']} and {theirs.info['trained']}"))
+    x,y = speed[ours.name],speed[theirs.name]
+    line('labelled tokens/s' if setting=='chat' else 'tokens/s', [a/b for a,b in zip(x, y)], 1, f'ours {statistics.median(x):.1f}, theirs {statistics.median(y):.1f}')
     for k,title in enumerate(('peak memory, load and steps', 'peak memory of a step, no files')):
-        print(f'{title:<34} ours/theirs  {memory[0][k]/memory[1][k]:.2f}   ours {memory[0][k]/2**20:.0f} MB, theirs {memory[1][k]/2**20:.0f} MB')
-    print(f'{"load to first step":<34} ours/theirs  {first.info["ready"]/second.info["ready"]:.2f}   ours {first.info["ready"]:.1f} s, theirs {second.info["ready"]:.1f} s')
-    gap = max(abs(x-y) for x,y in losses)
-    print(f'{"loss":<34} {len(losses)} steps, largest difference {gap:.1e}; first {losses[0][0]:.4f} and {losses[0][1]:.4f}, last {losses[-1][0]:.4f} and {losses[-1][1]:.4f}', flush=True)
+        print(f'{title:<34} ours/theirs  {ours.memory[k]/theirs.memory[k]:.2f}   ours {ours.memory[k]/2**20:.0f} MB, theirs {theirs.memory[k]/2**20:.0f} MB')
+    print(f'{"load to first step":<34} ours/theirs  {ours.info["ready"]/theirs.info["ready"]:.2f}   ours {ours.info["ready"]:.1f} s, theirs {theirs.info["ready"]:.1f} s')
+    x,y = losses[ours.name],losses[theirs.name]
+    print(f'{"loss":<34} {len(x)} steps, largest difference {max(abs(a-b) for a,b in zip(x, y)):.1e}; first {x[0]:.4f} and {y[0]:.4f}, last {x[-1]:.4f} and {y[-1]:.4f}', flush=True)
 
 def cpu_name():
     try: info = dict(l.split(':', 1) for l in Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines() if ':' in l)
@@ -235,6 +252,7 @@ def cpu_name():
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--settings', default='all,chat,checkpoint', help=', '.join(SETTINGS))
+    p.add_argument('--beside', default='peft', help='peft, trl, or both with a comma')
     p.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--steps', type=int, default=2, help='steps of each side in a round')

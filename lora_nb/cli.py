@@ -35,19 +35,25 @@ def lab(folder, browser=True)->int:
     return subprocess.call(cmd, cwd=folder)
 
 # %% ../nbs/api/15_cli.ipynb #37659694
+_BEGIN = "import time as _time; _began = _time.perf_counter()"
+_FETCH = """import json as _json
+_result,_run = dict(globals().get('result', {})),globals().get('run')
+if _result and hasattr(_run, 'began') and len(_run.log)>1: _result['first_curve'] = _run.began-_began+float(_run.log.time.iloc[1])
+print(_json.dumps(_result))"""
+
+#| export
 def execute(
     notebook,      # path; nothing is written to it
     setup='',      # Python to run before its cells
     timeout=3600,  # seconds a cell may take
     echo=print     # called with a line for each cell
-)->dict:           # the notebook's variable `result`, or {}
+)->dict:           # the notebook's variable `result`, or {}; where it trained a `run`, first_curve: seconds from its first cell to the run's second step
     "Run a notebook's cells in a kernel, in its own folder. Raises nbclient's CellExecutionError with the cell that failed."
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(notebook, as_version=4)
     client = NotebookClient(nb, timeout=timeout, resources={'metadata': {'path': str(Path(notebook).resolve().parent)}})
-    fetch = nbformat.v4.new_code_cell("import json as _json\nprint(_json.dumps(globals().get('result', {})))")
-    first = nbformat.v4.new_code_cell(setup)
+    first,fetch = nbformat.v4.new_code_cell(f'{_BEGIN}\n{setup}'),nbformat.v4.new_code_cell(_FETCH)
     code = [c for c in nb.cells if c.cell_type=='code']
     nb.cells = [first, *nb.cells, fetch]
     with client.setup_kernel():
@@ -74,6 +80,7 @@ def verdict(
         f"training time     {result['seconds']/60:.1f} minutes",
         f"adapter           {result['adapter']}"]
     except KeyError as e: return [f"The notebook's result has no {e}: the run did not end as it should"],False
+    if 'first_curve' in result: lines.insert(-2, f"first curve       moves {result['first_curve']:.0f} s after the first cell's start")
     return lines,result['state']=='finished' and result['score_after']>result['score_before']
 
 # %% ../nbs/api/15_cli.ipynb #c785bd3a

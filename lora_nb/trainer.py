@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_tensors', 'load_optimizer_tensors',
            'NonFiniteLoss', 'Run', 'trained_adapter', 'Trainer', 'param_groups', 'make_optimizer', 'score_answers',
-           'checkpoints', 'add_noise', 'BadCheckpoint', 'read_state', 'OutOfMemory', 'memory_advice', 'read_events',
-           'PastRun', 'to_tensorboard']
+           'checkpoints', 'add_noise', 'release_threads', 'BadCheckpoint', 'read_state', 'OutOfMemory', 'memory_advice',
+           'read_events', 'PastRun', 'to_tensorboard']
 
 # %% ../nbs/api/09_trainer.ipynb #90c4e1e7
-import atexit,json,math,os,shutil,signal,threading,time,weakref
+import atexit,ctypes,json,math,os,shutil,signal,threading,time,weakref
 from contextlib import nullcontext
 from dataclasses import dataclass,asdict,replace
+from functools import cache
 from pathlib import Path
 import pandas as pd,psutil
 import torch
@@ -132,7 +133,7 @@ class Run:
     "A training run: its events, and the means to pause, resume, stop and await it. Made by `Trainer.start` or `Trainer.fit`."
     def __init__(self, trainer, out):
         self.trainer,self.out,self.state,self.error = trainer,Path(out),'running',None
-        self.events,self.step,self.epoch,self._t0 = [],0,0.,time.perf_counter()
+        self.events,self.step,self.epoch,self.began = [],0,0.,time.perf_counter()
         self.best,self.waited = math.inf,0
         self._subs,self._probes,self._waiting,self._lock = [],[],[],threading.RLock()
         self._go,self._stop,self._save,self._done = threading.Event(),threading.Event(),threading.Event(),threading.Event()
@@ -182,7 +183,7 @@ Run._write = _write
 
 # %% ../nbs/api/09_trainer.ipynb #deafb25d
 def _publish(self:Run, kind, **fields):
-    event = dict(kind=kind, time=round(time.perf_counter()-self._t0, 3), step=self.step, **fields)
+    event = dict(kind=kind, time=round(time.perf_counter()-self.began, 3), step=self.step, **fields)
     with self._lock:
         subs = list(self._subs)
         if _plain(event): self.events.append(event)
@@ -315,6 +316,7 @@ def wait(
 )->Run:
     "Block until the run has ended. Raises what the worker raised; on KeyboardInterrupt the run is stopped with a checkpoint first."
     bar = tqdm(total=self.total_steps, initial=self.step, unit='step', disable=not progress)
+    release_threads()
     try:
         while not self._done.wait(.2): self._while_waiting(bar)
     except (KeyboardInterrupt, SystemExit):
@@ -512,7 +514,7 @@ def evaluate(
     was = self.model.training
     self.model.eval()
     try:
-        order,size = sorted(samples, key=len)[self.rank::self.world],self.settings.batch_size
+        order,size = sorted(samples, key=len)[self.rank::self.world],4*self.settings.batch_size   # nothing is kept for a backward pass
         sums = [fast_scores(self.model, self._batch(order[i:i+size])) for i in range(0, len(order), size)]
     finally: self.model.train(was)
     loss,right,n = self._across(*(sum(s[k] for s in sums) for k in range(3)))
@@ -753,6 +755,18 @@ def _work(self:Trainer, run):
 Trainer._work = _work
 
 # %% ../nbs/api/09_trainer.ipynb #482364c5
+@cache
+def _openmp():
+    "The OpenMP library that PyTorch brought along; None where it uses another."
+    found = next((Path(torch.__file__).parent/'lib').glob('libgomp*'), None)
+    return None if found is None else ctypes.CDLL(str(found))
+
+def release_threads()->bool: # False where OpenMP is another library or older than 5.0: then nothing has changed
+    "End this thread's idle OpenMP helpers, so that another thread's may stay awake (OpenMP 5.0, `omp_pause_resource_all`). This thread's next large operation starts them again."
+    pause = getattr(_openmp(), 'omp_pause_resource_all', None)
+    return pause is not None and pause(1)==0
+
+# %% ../nbs/api/09_trainer.ipynb #f8d877d8
 def start(self:Trainer)->Run:
     "Train in a worker thread; returns at once. RuntimeError where this model is being trained already, OSError where the folder cannot be made."
     _refuse_busy(self.model)
@@ -760,6 +774,7 @@ def start(self:Trainer)->Run:
     run = Run(self, out)
     _live.add(run)
     _hear_sigterm()
+    release_threads()
     run._thread = threading.Thread(target=self._work, args=(run,), name=f"lora_nb {run.out}", daemon=True)
     run._thread.start()
     return run

@@ -13,7 +13,7 @@ from conftest import counting, tiny_llama
 
 from lora_nb.adapter import add_lora
 from lora_nb.data import batch_order, collate
-from lora_nb.trainer import NonFiniteLoss, OutOfMemory, Run, Trainer, checkpoints, score_answers, to_tensorboard
+from lora_nb.trainer import NonFiniteLoss, OutOfMemory, Run, Trainer, checkpoints, release_threads, score_answers, to_tensorboard
 
 
 def trainer(tmp_path, seed=0, dropout=0., **settings):
@@ -394,3 +394,20 @@ def test_fifty_steps_are_those_of_transformers_trainer_with_peft(tmp_path):
     ours = t.fit().log.loss.tolist()
     assert len(ours) == len(theirs) == 56
     assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='counts threads by /proc')
+def test_a_run_lets_the_helpers_of_the_first_thread_go(tmp_path, llama):
+    if not release_threads(): pytest.skip('this OpenMP cannot')
+    helpers = lambda: len(os.listdir('/proc/self/task'))-threading.active_count()
+    was = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(10**6).add_(1)
+        awake = helpers()
+        add_lora(llama, r=2)
+        Trainer(llama, counting(), out=tmp_path/'run', epochs=1).start().wait(False)
+        assert helpers() == awake-1
+        torch.ones(10**6).add_(1)                       # and they come back when they are needed
+        assert helpers() == awake
+    finally: torch.set_num_threads(was)

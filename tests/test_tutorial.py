@@ -12,6 +12,7 @@ def test_live_qlora_learns(live_qlora):
     assert out.returncode == 0, out.stdout[-3000:]+out.stderr[-3000:]
     before, after, train = map(int, re.search(r'^held-out answers +(\d+)% right before, (\d+)% after \((\d+)% of', out.stdout, re.M).groups())
     assert after >= 60 > before and train >= 80
+    assert re.search(r'^first curve +moves \d+ s after', out.stdout, re.M)
     saved = Path(re.search(r'^adapter +(\S+)', out.stdout, re.M).group(1))
     assert saved == live_qlora.folder/'my-adapter' and (saved/'adapter_model.safetensors').exists()
     assert 'low-rank adaptation' in re.search(r'^after +(.*)', out.stdout, re.M).group(1).lower()
