@@ -10,7 +10,7 @@ from . import adapter,codebook,data,fit,linear4bit,lora,loss,memory,merge,models
 from .widgets import look,live_run,quant_explorer,merge_report,adapter_inspector,rank_spectrum,fit_planner,chat_compare,recall as recall_widget
 
 look.ready_notebook()
-_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, sensitivity, merge, ranks, recall, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, fit_planner, chat_compare, recall_widget)
+_modules = (codebook, quantize, linear4bit, lora, adapter, models, data, loss, trainer, spectra, memory, fit, sensitivity, merge, ranks, recall, live_run, quant_explorer, merge_report, adapter_inspector, rank_spectrum, fit_planner, chat_compare, recall_widget)
 __all__ = [name for m in _modules for name in m.__all__]
 
 # %% ../nbs/api/14_all.ipynb #2e3a1ca2

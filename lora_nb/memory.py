@@ -74,10 +74,11 @@ def held(
     Raises TypeError where `model` is no module."""
     if not isinstance(model, nn.Module): raise TypeError(f"held(model) needs a torch.nn.Module, and got {type(model).__name__}. Try held(run.model, run.adapter, run.optimizer).")
     own = list(adapter.parameters()) if adapter is not None else []
-    params = [*own, *model.parameters()]
+    base = list(model.parameters())
+    params = [*own, *base]
     if optimizer is not None: params += [p for g in getattr(optimizer, "param_groups", []) for p in g["params"]]
     seen,res,placed = set(),{},Counter()
-    for kind,tensors in [("adapter", own), ("base weights", [*model.parameters(), *model.buffers()]),
+    for kind,tensors in [("adapter", own), ("base weights", [*base, *model.buffers()]),
                          ("gradients", [p.grad for p in params]), ("optimizer", _optimizer_tensors(optimizer))]:
         res[kind] = 0
         for where,n in _storages(tensors, seen):

@@ -402,11 +402,16 @@ def test_a_run_lets_the_helpers_of_the_first_thread_go(tmp_path, llama):
     helpers = lambda: len(os.listdir('/proc/self/task'))-threading.active_count()
     was = torch.get_num_threads()
     torch.set_num_threads(2)
+    train = lambda: Trainer(llama, counting(), out=tmp_path/'run', epochs=1).start().wait(False)
     try:
+        add_lora(llama, r=2)
+        train()                                         # autograd's own threads stay from here on
+        time.sleep(.5)
         torch.ones(10**6).add_(1)
         awake = helpers()
-        add_lora(llama, r=2)
-        Trainer(llama, counting(), out=tmp_path/'run', epochs=1).start().wait(False)
+        train()
+        end = time.monotonic()+10
+        while helpers() != awake-1 and time.monotonic() < end: time.sleep(.05)      # the worker's thread has still to end
         assert helpers() == awake-1
         torch.ones(10**6).add_(1)                       # and they come back when they are needed
         assert helpers() == awake

@@ -486,7 +486,7 @@ def _watch(self:LiveRun):
     "Start the probes when somebody watches, cancel them when nobody does."
     wanted = self.run.state in LIVE and self.watched() and self.run.adapter is not None
     if wanted and not self._cancels:
-        self._cancels = [self.run.probe(self._look, self.every), self.run.probe(memory_now, max(1., self.every))]
+        self._cancels = [self.run.probe(self._look, self.every), self.run.probe(memory_now, max(2., self.every))]
         if self.questions:
             from lora_nb.models import ask
             self._cancels.append(self.run.probe(asker(self.questions, ask), self.ask_every))
