@@ -20,6 +20,7 @@ def together(item):
     return 'live' if file in ('test_tutorial', 'test_merge_trained') else item.name if file=='test_notebooks' else file
 
 
+@pytest.hookimpl(tryfirst=True)                       # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     rank = lambda i: next((n for n, name in enumerate(LONGEST) if together(i)==name or i.path.stem.endswith(name)), len(LONGEST))
     items.sort(key=rank)
