@@ -27,6 +27,11 @@ def pytest_collection_modifyitems(items):
     for i in items: i.add_marker(pytest.mark.xdist_group(together(i)))
 
 
+def pytest_collection_finish(session):
+    "A pytest that xdist cannot group tests in would run the long ones twice, and browser tests apart from what went before them."
+    if getattr(session.config.option, 'loadgroup', False) and not all('@' in i.nodeid for i in session.items): raise pytest.UsageError('pytest-xdist has not grouped the tests: install the versions of constraints.txt.')
+
+
 def tiny_llama(seed=0, **kwargs):
     torch.manual_seed(seed)
     cfg = dict(vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
