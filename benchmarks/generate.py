@@ -8,7 +8,7 @@ tokens/s of ours over theirs, min, median and max over the rounds: above 1 means
 import argparse, gc, multiprocessing, statistics, tempfile, time, traceback
 from contextlib import nullcontext
 from pathlib import Path
-from qlora_step import cpu_name, dense_folder, line, start_A
+from qlora_step import cpu_name, dense_folder, line, peft_model, start_A
 
 QUESTION = 'What does a LoRA adapter add to a frozen layer?'
 
@@ -31,14 +31,10 @@ def ours(dtype, device, folder):
     return model,tok,merge
 
 def peft(dtype, device, folder):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=nf4, device_map={'': device})
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules='all-linear', task_type='CAUSAL_LM')).eval()
+    from transformers import AutoTokenizer
+    model = peft_model('all', dtype, device, folder).eval()
     for name,p in model.named_parameters():
-        for part,start in (('.lora_A.', start_A), ('.lora_B.', start_B)):
-            if part in name: start(name.removeprefix('base_model.model.').split(part)[0], p)
+        if '.lora_B.' in name: start_B(name.removeprefix('base_model.model.').split('.lora_B.')[0], p)
     return model,AutoTokenizer.from_pretrained(folder),model.merge_and_unload
 
 def work(side, dtype, threads, clock, tokens, folder, pipe):

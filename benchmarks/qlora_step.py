@@ -137,7 +137,7 @@ def trl(setting, dtype, device, folder):
     from trl import SFTConfig, SFTTrainer
     model = peft_model(setting, dtype, device, folder)
     pad = model.config.pad_token_id or 0
-    args = SFTConfig(output_dir=tempfile.mkdtemp(), report_to='none', gradient_checkpointing=setting=='checkpoint', bf16=False, use_cpu=device.type=='cpu', max_length=None)
+    args = SFTConfig(output_dir=str(Path(folder).parent/'trl'), report_to='none', gradient_checkpointing=setting=='checkpoint', bf16=False, use_cpu=device.type=='cpu', max_length=None)
     trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_dict(dict(input_ids=[[1, 2, 3]])), processing_class=AutoTokenizer.from_pretrained(folder))
     model.train()
     return [p for p in model.parameters() if p.requires_grad],lambda rows: trainer.compute_loss(model, padded(rows, pad, device))

@@ -12,9 +12,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tests'))
-from browser import Lab, LivePage, chromium, jupyterlab, notebook, until
+from browser import LivePage, running, until
 
-CODE = """import os, sys
+CODE = """import os, sys, time
 sys.path[:0] = [{root!r}, {root!r}+'/tests']
 from live_tiny import tiny_trainer
 from lora_nb.widgets.live_run import LiveRun
@@ -22,6 +22,8 @@ from lora_nb.widgets.rank_spectrum import RankSpectrum
 from lora_nb.widgets.adapter_inspector import AdapterInspector
 print(os.getpid())
 run = tiny_trainer('run', epochs={steps}/5, save_every=500, eval_every=500).start()
+run.save_now()
+while run.checkpoint is None: time.sleep(.05)      # the inspector looks into checkpoints while a run trains
 display(LiveRun(run), RankSpectrum(run.adapter, run), AdapterInspector(run))"""
 
 
@@ -46,10 +48,7 @@ def pauses(live):
 
 
 def measure(steps):
-    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder, jupyterlab(folder, home) as at, chromium() as browser:
-        notebook(Path(folder)/'watched.ipynb', CODE.format(root=str(ROOT), steps=steps))
-        lab = Lab(browser, at, height=3000)
-        lab.open('watched.ipynb').run_all()
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder, running(folder, home, 'watched', CODE.format(root=str(ROOT), steps=steps), height=3000) as lab:
         live = LivePage(lab).appear(120)
         until(lambda: lab.page.locator('.lnb').count()==3, 120, 'three widgets')
         kernel = psutil.Process(int(lab.cell(0).locator('.jp-OutputArea-output').first.inner_text()))
@@ -62,7 +61,6 @@ def measure(steps):
         memory.append((live.step(), kernel.memory_info().rss))
         state, errors = live.state(), lab.errors
         lab.screenshot('watched-end')
-        lab.shut_down(); lab.close()
     return memory, menus, pausing, state, errors
 
 
@@ -75,5 +73,5 @@ if __name__=='__main__':
     grown = memory[-1][1]-start
     print(f'{memory[-1][0]} steps, {state}; the kernel: {start/2**20:.0f} MiB at a tenth of the steps, {memory[-1][1]/2**20:.0f} at the end ({grown/2**20:+.1f})')
     for name, took in (('a menu opens', menus), ('Pause is answered', pausing)): print(f'{name} after {1e3*statistics.median(took):.0f} ms (median), {1e3*max(took):.0f} ms (slowest of {len(took)})')
-    print(f'errors in the console: {len(errors)}')
+    print(f'errors in the console: {len(errors)}', *sorted(set(errors)), sep='\n  ')
     sys.exit(not (grown<50*2**20 and not errors and state=='finished' and statistics.median(menus)<.3))

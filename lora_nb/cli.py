@@ -34,14 +34,14 @@ def lab(folder, browser=True)->int:
     cmd = [sys.executable, '-m', 'jupyterlab', 'tutorials/01_live_qlora.ipynb', *['--no-browser']*(not browser), *['--allow-root']*root]
     return subprocess.call(cmd, cwd=folder)
 
-# %% ../nbs/api/15_cli.ipynb #37659694
+# %% ../nbs/api/15_cli.ipynb #169eba2c
 _BEGIN = "import time as _time; _began = _time.perf_counter()"
 _FETCH = """import json as _json
 _result,_run = dict(globals().get('result', {})),globals().get('run')
 if _result and hasattr(_run, 'began') and len(_run.log)>1: _result['first_curve'] = _run.began-_began+float(_run.log.time.iloc[1])
 print(_json.dumps(_result))"""
 
-#| export
+# %% ../nbs/api/15_cli.ipynb #37659694
 def execute(
     notebook,      # path; nothing is written to it
     setup='',      # Python to run before its cells

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from .adapter import find_targets
+from .adapter import find_targets, layer_class
 from .fast import FAMILIES
 from .memory import KINDS, gpu_memory, process_memory
 from .models import default_dtype, empty_model, quantisable, quant_plan, read_config
@@ -131,14 +131,7 @@ def adapter_params(
     targets="all-linear"  # as for `find_targets`
 )->int:
     "Numbers in A and B over all target layers."
-    return sum(r*sum(_sides(m)) for m in find_targets(model, targets).values())
-
-def _sides(m):
-    "(in, out) of a layer, as LoRA sees it."
-    if hasattr(m, "in_features"): return m.in_features,m.out_features
-    if isinstance(m, nn.Embedding): return m.num_embeddings,m.embedding_dim
-    if isinstance(m, nn.Conv2d): return m.in_channels*m.kernel_size[0]*m.kernel_size[1],m.out_channels
-    return tuple(m.weight.shape)
+    return sum(r*sum(layer_class(m)._features_of(m)) for m in find_targets(model, targets).values())
 
 # %% ../nbs/api/11e_fit.ipynb #241b5ab3
 @dataclass(frozen=True)

@@ -159,6 +159,19 @@ class Lab:
     def close(self): self.context.close()
 
 
+@contextmanager
+def running(folder, home, name, *cells, **size):
+    "A Lab (of `size` pixels) with a notebook of `cells` open, in a JupyterLab and a browser of its own; Run All is pressed."
+    notebook(Path(folder)/f'{name}.ipynb', *cells)
+    with jupyterlab(folder, home) as at, chromium() as b:
+        lab = Lab(b, at, **size)
+        lab.folder = Path(folder)
+        lab.open(f'{name}.ipynb').run_all()
+        yield lab
+        lab.shut_down()
+        lab.close()
+
+
 class LivePage:
     "What a person sees of a LiveRun: `.lnb` number `i` of the page."
     def __init__(self, lab, i=0): self.lab, self.box = lab, lab.page.locator('.lnb').nth(i)

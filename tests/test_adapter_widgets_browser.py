@@ -1,7 +1,7 @@
 "AdapterInspector and RankSpectrum as a person meets them: zoom, click and measure in a real JupyterLab."
 from pathlib import Path
 import pytest
-from browser import CHROMIUM, Lab, chromium, jupyterlab, notebook, until
+from browser import CHROMIUM, running, until
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: python tests/install_browser.py')
@@ -12,17 +12,11 @@ CELLS = [f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]\nfr
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    home, folder = tmp_path_factory.mktemp('home'), tmp_path_factory.mktemp('work')
-    notebook(folder/'adapter.ipynb', *CELLS)
-    with jupyterlab(folder, home) as at, chromium() as b:
-        page = Lab(b, at)
-        page.open('adapter.ipynb').run_all()
+    with running(tmp_path_factory.mktemp('work'), tmp_path_factory.mktemp('home'), 'adapter', *CELLS) as page:
         until(lambda: page.page.locator('.lnb').count()==2 and page.page.locator('.js-plotly-plot .main-svg').count()>=11, 240, 'eleven plots')
         page.page.set_viewport_size(dict(width=1500, height=2600))
         page.page.wait_for_timeout(1500)
         yield page
-        page.shut_down()
-        page.close()
 
 
 def plot(lab, box, i): return lab.page.locator('.lnb').nth(box).locator('.js-plotly-plot').nth(i)

@@ -2,7 +2,7 @@
 import ast
 from pathlib import Path
 import pytest
-from browser import CHROMIUM, Lab, chromium, jupyterlab, notebook, until
+from browser import CHROMIUM, running, until
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: python tests/install_browser.py')
@@ -24,18 +24,12 @@ torch.set_num_threads(1)""",
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    home, folder = tmp_path_factory.mktemp('home'), tmp_path_factory.mktemp('work')
-    notebook(folder/'explore.ipynb', *CELLS)
-    with jupyterlab(folder, home) as at, chromium() as b:
-        page = Lab(b, at)
-        page.open('explore.ipynb').run_all()
+    with running(tmp_path_factory.mktemp('work'), tmp_path_factory.mktemp('home'), 'explore', *CELLS) as page:
         until(lambda: page.page.locator('.lnb').count()==3 and page.page.locator('.js-plotly-plot .main-svg').count()>=9, what='nine plots')
         page.wait_idle()
         page.page.set_viewport_size(dict(width=1500, height=3400))
         page.page.wait_for_timeout(1500)
         yield page
-        page.shut_down()
-        page.close()
 
 
 def box(lab, i): return lab.page.locator('.lnb').nth(i)

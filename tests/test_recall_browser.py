@@ -2,7 +2,7 @@
 import ast, json
 from pathlib import Path
 import pytest
-from browser import CHROMIUM, Lab, chromium, jupyterlab, notebook, until
+from browser import CHROMIUM, running, until
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: python tests/install_browser.py')
@@ -13,17 +13,10 @@ CELLS = [f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom lora_nb.recall im
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    home, folder = tmp_path_factory.mktemp('home'), tmp_path_factory.mktemp('work')
-    notebook(folder/'recall.ipynb', *CELLS)
-    with jupyterlab(folder, home) as at, chromium() as b:
-        page = Lab(b, at, height=1400)
-        page.folder = folder
-        page.open('recall.ipynb').run_all()
+    with running(tmp_path_factory.mktemp('work'), tmp_path_factory.mktemp('home'), 'recall', *CELLS, height=1400) as page:
         page.page.locator('.lnb').wait_for(timeout=120_000)
         page.wait_idle()
         yield page
-        page.shut_down()
-        page.close()
 
 
 def box(lab): return lab.page.locator('.lnb').first

@@ -5,7 +5,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT/'tests'), str(ROOT)]
-from browser import Lab, LivePage, chromium, jupyterlab, notebook, until
+from browser import LivePage, running, until
 
 IMAGES, LIMIT = ROOT/'nbs/images', 1_500_000
 CELLS = [f'import sys; sys.path.insert(0, {str(ROOT)!r})',
@@ -46,10 +46,7 @@ def main(steps=24):
     with tempfile.TemporaryDirectory() as tmp:
         work, home = Path(tmp)/'work', Path(tmp)/'home'
         work.mkdir(); home.mkdir()
-        notebook(work/'first.ipynb', *cells)
-        with jupyterlab(work, home) as server, chromium() as browser:
-            lab = Lab(browser, server, 1400, 1150).open('first.ipynb')
-            lab.run_all()
+        with running(work, home, 'first', *cells, width=1400, height=1150) as lab:
             live = LivePage(lab).appear(300)
             lab.page.locator('.jp-Cell').nth(2).scroll_into_view_if_needed()
             until(lambda: len(live.points()) > 1, what='the loss has two points')
@@ -58,7 +55,6 @@ def main(steps=24):
             lab.page.wait_for_timeout(1500)
             still = shot(lab.page)
             text = live.text()
-            lab.shut_down(); lab.close()
     still.quantize(128, dither=Image.Dither.NONE).save(IMAGES/'live_run.png', optimize=True)
     moving = animation(pictures)
     while (size := save_gif(moving, IMAGES/'live_run.gif')) > LIMIT: moving = moving[::2]+moving[-1:]

@@ -30,7 +30,7 @@ def module_of(nb):
     return importlib.import_module(f'lora_nb.{name}') if name else None
 
 
-def public(module): return [n for n in getattr(module, '__all__', [])]
+def public(module): return getattr(module, '__all__', [])
 
 
 # -- API entries --------------------------------------------------------------------------------------------------------------
@@ -191,16 +191,15 @@ def write():
     (pages/'images').mkdir(parents=True)
     for f in (NBS/'images').glob('*'): shutil.copy(f, pages/'images')
     placed = {NBS/'index.ipynb': pages/'index.md'} | {p: pages/p.relative_to(NBS).with_suffix('.md') for ps in SECTIONS.values() for p in ps}
-    modules = {p.stem: m for p in SECTIONS['API'] if (m := module_of(nbformat.read(p, as_version=4)))}
-    names = {n: pages/f'api/{stem}.md' for stem, m in modules.items() for n in public(m) if m.__name__ != 'lora_nb.all'}
+    modules = {p.stem: m for p in SECTIONS['API'] if (m := module_of(nbformat.read(p, as_version=4))) and m.__name__ != 'lora_nb.all'}
+    names = {n: pages/f'api/{stem}.md' for stem, m in modules.items() for n in public(m)}
     for path, to in placed.items():
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(linked(page(path, to.parent), path, placed, names), encoding='utf-8')
-    (pages/'api/index.md').write_text(reference({s: m for s, m in modules.items() if m.__name__ != 'lora_nb.all'}), encoding='utf-8')
+    (pages/'api/index.md').write_text(reference(modules), encoding='utf-8')
     (pages/'style.css').write_text(STYLE)
     nav = [{'Home': 'index.md'}, *({name: [*(['api/index.md'] if name == 'API' else []), *(str(placed[p].relative_to(pages)) for p in ps)]} for name, ps in SECTIONS.items())]
     (WORK/'mkdocs.yml').write_text(yaml.safe_dump(config(nav), allow_unicode=True))
-    return names
 
 
 if __name__ == '__main__':

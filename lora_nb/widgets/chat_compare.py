@@ -16,7 +16,7 @@ from ..adapter import Adapter, adapters
 from ..models import stream_answer
 from ..trainer import Run
 from .live_run import LIVE
-from .look import COLOUR, answer_while_busy, as_text, grid, heading, panel, parts, still_table, style_sheet
+from .look import COLOUR, answer_while_busy, as_text, grid, heading, panel, parts, still_table, set_value, style_sheet
 from .rank_spectrum import acting
 
 # %% ../../nbs/api/12_widgets_chat_compare.ipynb #1a7fe6a2
@@ -239,22 +239,19 @@ def stop(self:ChatCompare):
 ChatCompare.stop = stop
 
 # %% ../../nbs/api/12_widgets_chat_compare.ipynb #0d1e6503
-def _set(widget, value):
-    if widget.value!=value: widget.value = value
-
 def refresh(self:ChatCompare)->ChatCompare:
     "Draw what is known, now, in this thread."
     with self._lock:
         if self._closed: return self
         turn = self.turns[-1] if self.turns else None
-        _set(self._status, f'<span role="status">{as_text(turn_text(turn, self.live()))}</span>')
-        _set(self._now, f'<div class="lnb-question">{as_text(turn.question)}</div>' if turn else '')
+        set_value(self._status, f'<span role="status">{as_text(turn_text(turn, self.live()))}</span>')
+        set_value(self._now, f'<div class="lnb-question">{as_text(turn.question)}</div>' if turn else '')
         for side,name in SIDES.items():
-            _set(self._heads[side], heading(name, _speed(turn, side) if turn else ''))
-            _set(self._answers[side], answer_html(turn, side))
+            set_value(self._heads[side], heading(name, _speed(turn, side) if turn else ''))
+            set_value(self._answers[side], answer_html(turn, side))
         told = self._notice[0] if self._notice and self._notice[1]==self.busy else turn.error if turn else None
-        _set(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(_wrong(told))}</div>' if told else '')
-        _set(self._past, f'<div style="margin-top:8px">{heading("Earlier questions")}{earlier_html(self.turns[:-1])}</div>' if len(self.turns)>1 else '')
+        set_value(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(_wrong(told))}</div>' if told else '')
+        set_value(self._past, f'<div style="margin-top:8px">{heading("Earlier questions")}{earlier_html(self.turns[:-1])}</div>' if len(self.turns)>1 else '')
         if self.buttons['stop'].disabled==self.busy: self.buttons['stop'].disabled = not self.busy
         self._next = time.monotonic()+.2
         if not self.busy and self._left!=len(self.turns): self._leave_still()

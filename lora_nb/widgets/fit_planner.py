@@ -11,6 +11,7 @@ from IPython.display import display
 from ..fit import CARDS, OPTIMIZER_BYTES, SHAPES, Plan, plan
 from ..memory import KINDS
 from ..quantize import FP4, INT4, NF4
+from .live_run import MEMORY
 from .look import COLOUR, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, picture, still_table, style_sheet
 
 # %% ../../nbs/api/12_widgets_fit_planner.ipynb #8e4570b2
@@ -31,7 +32,7 @@ def plan_words(p:Plan)->str:
     return f"{first} At batch {p.job.batch} up to {p.longest:,} tokens a sample; at {p.job.seq:,} tokens up to {p.largest:,} samples."
 
 # %% ../../nbs/api/12_widgets_fit_planner.ipynb #9851e7bd
-KIND_COLOUR = dict(zip(KINDS, (COLOUR["base"], COLOUR["adapter"], COLOUR["gradients"], COLOUR["optimizer"], COLOUR["rest"])))
+KIND_COLOUR = {kind: COLOUR[c] for kind,c in MEMORY.items()}
 
 def plan_picture(p:Plan): # → Picture
     "Stacked bars by kind; the line is where the card ends."

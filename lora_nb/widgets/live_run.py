@@ -20,7 +20,7 @@ from ..spectra import effective_rank, singular_values
 from ..trainer import PastRun
 from .adapter_inspector import Factors
 from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, parts, picture,
-                                  seconds_text, seconds_unit, shrink, still_lines, still_table, style_sheet, thin)
+                                  seconds_text, seconds_unit, shrink, still_lines, still_table, set_value, style_sheet, thin)
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #7c7c007a
 def of_kind(events, kind:str)->list:
@@ -365,15 +365,10 @@ LiveRun._news = _news
 def _some(self:LiveRun, *kinds): return [e for k in kinds for e in self._events.get(k, ())]
 LiveRun._some = _some
 
-@staticmethod
-def _set(widget, value):
-    if widget.value!=value: widget.value = value
-LiveRun._set = _set
-
 def _fill(self:LiveRun, name, how, *args, legend=None):
     fig = self.figures[name]
     with fig.batch_update(): words = how(fig, *args)
-    self._set(self._heads[name], heading(self._titles[name], words, legend or LEGENDS.get(name)))
+    set_value(self._heads[name], heading(self._titles[name], words, legend or LEGENDS.get(name)))
 LiveRun._fill = _fill
 
 def _fill_losses(self:LiveRun, fig):
@@ -396,11 +391,11 @@ LiveRun._draw_spectrum = _draw_spectrum
 
 def _draw_state(self:LiveRun):
     state = self.run.state
-    self._set(self._state, f'<span role="status" style="font-weight:600"><span class="lnb-dot" style="background:{COLOUR[STATES.get(state, "rest")]}"></span>{as_text(state)}</span>')
+    set_value(self._state, f'<span role="status" style="font-weight:600"><span class="lnb-dot" style="background:{COLOUR[STATES.get(state, "rest")]}"></span>{as_text(state)}</span>')
     done = self.run.step/max(1, self.run.total_steps)
-    self._set(self._line, f'{as_text(status_text(self.run, self._some("step", "state")))}<br><progress max="1" value="{done:.4f}" aria-label="share of all steps"></progress>')
+    set_value(self._line, f'{as_text(status_text(self.run, self._some("step", "state")))}<br><progress max="1" value="{done:.4f}" aria-label="share of all steps"></progress>')
     trouble = trouble_text(self.run, self._some('warning', 'checkpoint'))
-    self._set(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(trouble)}</div>' if trouble else '')
+    set_value(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(trouble)}</div>' if trouble else '')
     for name,off in dict(pause=state!='running', resume=state!='paused', stop=state not in LIVE).items():
         if self.buttons[name].disabled!=off: self.buttons[name].disabled = off
 LiveRun._draw_state = _draw_state
@@ -422,7 +417,7 @@ def refresh(self:LiveRun, everything=False)->LiveRun:
             self._draw_spectrum()
             self._fill('matrices', fill_matrices, self._seen)
         if 'memory' in kinds: self._fill('memory', fill_memory, self._some('memory'), legend=memory_legend(self._some('memory')))
-        if 'sample' in kinds: self._set(self._samples, samples_html(self._some('sample')))
+        if 'sample' in kinds: set_value(self._samples, samples_html(self._some('sample')))
         self._draw_state()
         now = time.monotonic()
         self._next = now+min(2., max(.4, 20*(now-start)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text', 'seconds_text', 'seconds_unit', 'thin',
-           'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'parts', 'Watcher',
-           'answer_while_busy', 'stale_imports', 'ready_notebook', 'still_lines', 'still_table']
+           'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'set_value', 'parts',
+           'Watcher', 'answer_while_busy', 'stale_imports', 'ready_notebook', 'still_lines', 'still_table']
 
 # %% ../../nbs/api/12_widgets_look.ipynb #c9701b30
 import html, sys, time
@@ -217,6 +217,11 @@ def heading(
 def grid(*panels)->widgets.GridBox:
     "Panels side by side, as many in a row as the page has room for."
     return widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, 400px), 1fr))', grid_gap='8px', width='100%'))
+
+# %% ../../nbs/api/12_widgets_look.ipynb #5d9215db
+def set_value(widget, value):
+    "Set `widget.value` where it differs."
+    if widget.value!=value: widget.value = value
 
 # %% ../../nbs/api/12_widgets_look.ipynb #40a87487
 def parts(

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from IPython.display import display
 from ..recall import CARD_LEVELS, ITEM_KINDS, LEVELS, RATINGS, Grade, RecallError, RecallItem, add_review, answers_frame, draw_test, grade, next_card, next_due, progress_frame, read_progress, recall_items, record_review, reviewed, run_code
-from .look import COLOUR, as_text, heading, panel, parts, seconds_text, still_table, style_sheet
+from .look import COLOUR, as_text, heading, panel, parts, seconds_text, still_table, set_value, style_sheet
 
 # %% ../../nbs/api/12_widgets_recall.ipynb #6bed931c
 RECALL_STYLE = '''<style>
@@ -199,9 +199,6 @@ def _visible(widget, shown):
     now = None if shown else 'none'
     if widget.layout.display!=now: widget.layout.display = now
 
-def _set(widget, value):
-    if widget.value!=value: widget.value = value
-
 def progress_text(items, progress, path, now=None)->str:
     "What the progress file holds, in words."
     frame,now = progress_frame(items, progress, now),now or datetime.now(timezone.utc)
@@ -240,12 +237,12 @@ def refresh(self:Recall)->Recall:
     "Draw the state, now."
     item,kind = self.item,self.item.kind if self.item else None
     self._controls()
-    _set(self._status, f'<span class="lnb-quiet">{as_text(progress_text(self.items, self.progress, self.path))}</span>')
-    _set(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(self.trouble)}</div>' if self.trouble else '')
-    _set(self._head, heading(self._title(), f'{item.level} · {item.concept}' if item else ''))
-    _set(self._question, question_html(item) if item else self._nothing())
-    _set(self._feedback, self._feedback_html())
-    _set(self._proof, self.proof or '')
+    set_value(self._status, f'<span class="lnb-quiet">{as_text(progress_text(self.items, self.progress, self.path))}</span>')
+    set_value(self._trouble, f'<div class="lnb-alert" role="alert">{as_text(self.trouble)}</div>' if self.trouble else '')
+    set_value(self._head, heading(self._title(), f'{item.level} · {item.concept}' if item else ''))
+    set_value(self._question, question_html(item) if item else self._nothing())
+    set_value(self._feedback, self._feedback_html())
+    set_value(self._proof, self.proof or '')
     for w,k in ((self.radio, 'choice'), (self.line, 'output'), (self.words, 'free')):
         _visible(w, kind==k)
         w.disabled = bool(self.last)
