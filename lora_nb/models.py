@@ -682,14 +682,16 @@ def _prompt(tok, question):
 # %% ../nbs/api/06_models.ipynb #682039ff
 @contextmanager
 def _answering(model, tok):
-    "Within this context the model is in eval mode and the tokenizer pads on the left."
-    side,modes = tok.padding_side,[(m, m.training) for m in model.modules()]
+    "Within this context the model is in eval mode, the tokenizer pads on the left, and the head gets its rows side by side in memory."
+    side,modes,head = tok.padding_side,[(m, m.training) for m in model.modules()],_output_embeddings(model)
+    hook = head and head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:
         tok.padding_side = "left"
         model.eval()
         yield
     finally:
         tok.padding_side = side
+        if hook: hook.remove()
         for m,mode in modes: m.training = mode
 
 def _new_text(tok, ids): return tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,4 +1,5 @@
 "What the tests share: tiny random models and a task that they can learn."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,35 @@ def smol():
 
 @pytest.fixture(scope='session')
 def live_qlora(tmp_path_factory):
-    "The first tutorial, run to its end by the command that users have: `out` (a CompletedProcess) and the `folder` where it lies."
+    "The first tutorial at its small setting, run to its end by the command that users have: `out` (a CompletedProcess) and the `folder` where it lies."
     folder = tmp_path_factory.mktemp('lab')
     subprocess.run([sys.executable, '-c', f'from lora_nb.cli import copy_tutorials; copy_tutorials({str(folder)!r})'], check=True)
-    return SimpleNamespace(folder=folder/'tutorials', out=subprocess.run([str(Path(sys.executable).with_name('lora-nb')), 'run', str(folder/'tutorials/01_live_qlora.ipynb')], capture_output=True, text=True, timeout=3600))
+    command = [str(Path(sys.executable).with_name('lora-nb')), 'run', str(folder/'tutorials/01_live_qlora.ipynb')]
+    return SimpleNamespace(folder=folder/'tutorials', out=subprocess.run(command, capture_output=True, text=True, timeout=3600, env=os.environ | {'LORA_NB_SMALL': '1'}))
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    "A JupyterLab for a file's tests, and the folder that it shows."
+    from browser import jupyterlab
+    home, folder = tmp_path_factory.mktemp('home'), tmp_path_factory.mktemp('work')
+    with jupyterlab(folder, home) as at: yield at, folder
+
+
+@pytest.fixture(scope='module')
+def browser():
+    from browser import chromium
+    with chromium() as b: yield b
+
+
+@pytest.fixture
+def lab(server, browser, request):
+    "A page of it; the last sight of each test is kept."
+    from browser import Lab
+    at, folder = server
+    page = Lab(browser, at)
+    page.folder = folder
+    yield page
+    page.page.screenshot(path=page.artifact(f'{request.module.__name__}-{request.node.name}-end'))
+    page.shut_down()
+    page.close()

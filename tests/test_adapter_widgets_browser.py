@@ -7,16 +7,22 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: python tests/install_browser.py')
 CELLS = [f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]\nfrom live_tiny import tiny_trainer\nfrom lora_nb.widgets.adapter_inspector import AdapterInspector\nfrom lora_nb.widgets.rank_spectrum import RankSpectrum, watch_spectra",
          "run = tiny_trainer('runs/x', epochs=6, hidden=128, save_every=10, keep=9).start()\nwatch_spectra(run, every=.1)\nrun.wait(progress=False)\ninspector = AdapterInspector(run)\ninspector.controls['right'].value = 'step 10'\ninspector",
-         "RankSpectrum(run.adapter, run)"]
+         "RankSpectrum(run.adapter, run)",
+         "AdapterInspector(run)"]
 
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     with running(tmp_path_factory.mktemp('work'), tmp_path_factory.mktemp('home'), 'adapter', *CELLS) as page:
-        until(lambda: page.page.locator('.lnb').count()==2 and page.page.locator('.js-plotly-plot .main-svg').count()>=11, 240, 'eleven plots')
+        until(lambda: page.page.locator('.lnb').count()==3 and page.page.locator('.js-plotly-plot .main-svg').count()>=11, 240, 'eleven plots')
         page.page.set_viewport_size(dict(width=1500, height=2600))
         page.page.wait_for_timeout(1500)
         yield page
+
+
+def test_one_side_alone_is_drawn_without_an_error(lab):
+    alone = lab.page.locator('.lnb').nth(2)
+    assert alone.locator('.lnb-panel').nth(0).is_visible() and not alone.locator('.lnb-panel').nth(1).is_visible() and not lab.errors
 
 
 def plot(lab, box, i): return lab.page.locator('.lnb').nth(box).locator('.js-plotly-plot').nth(i)

@@ -2,35 +2,12 @@
 import json, re
 from pathlib import Path
 import pytest
-from browser import CHROMIUM, Lab, chromium, jupyterlab, notebook, until
+from browser import CHROMIUM, notebook, until
 from test_live_run_browser import events
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: python tests/install_browser.py')
 IMPORTS = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]\nimport time\nfrom chat_tiny import chatty\nfrom lora_nb.widgets.chat_compare import ChatCompare"
-
-
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    home, folder = tmp_path_factory.mktemp('home'), tmp_path_factory.mktemp('work')
-    with jupyterlab(folder, home) as at:
-        yield at, folder
-
-
-@pytest.fixture(scope='module')
-def browser():
-    with chromium() as b: yield b
-
-
-@pytest.fixture
-def lab(server, browser, request):
-    at, folder = server
-    page = Lab(browser, at)
-    page.folder = folder
-    yield page
-    page.page.screenshot(path=page.artifact(f'chat-{request.node.name}-end'))
-    page.shut_down()
-    page.close()
 
 
 class Chat:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from transformers import AutoConfig, Phi3Config
 from lora_nb.adapter import add_lora
-from lora_nb.fit import CARDS, SHAPES, adapter_params, card, job_bytes, meta_model, n_params, packed_bytes, plan, shape_config, smaller, weight_bytes
+from lora_nb.fit import CARDS, CONTEXT, SHAPES, Card, adapter_params, card, job_bytes, meta_model, n_params, packed_bytes, plan, shape_config, smaller, weight_bytes
 from lora_nb.memory import KINDS, held
 from lora_nb.models import quantisable
 from lora_nb.quantize import FP4, NF4, quantize
@@ -81,6 +81,13 @@ def test_from_a_folder_and_a_config(tmp_path):
     config.save_pretrained(tmp_path)
     assert plan(tmp_path, gpu="T4").kinds == plan(config, gpu="T4").kinds == plan(AutoConfig.from_pretrained(tmp_path), gpu="T4").kinds
     assert list(plan(config, gpu="T4").kinds) == list(KINDS) and not plan(config, gpu="T4").job.fast
+
+@pytest.mark.parametrize("name, dtype", [("Tesla T4", torch.float16), ("Tesla V100-SXM2-16GB", torch.float16), ("NVIDIA L4", torch.bfloat16), ("NVIDIA GeForce RTX 4090", torch.bfloat16)])
+def test_the_name_that_a_card_gives_itself_tells_its_dtype(monkeypatch, name, dtype):
+    "And fp16 trains under autocast, which takes the general path."
+    monkeypatch.setattr("lora_nb.fit.card", lambda gpu: Card(name, 16*2**30, CONTEXT, True))
+    job = plan("qwen2.5-7b").job
+    assert job.dtype is dtype and job.fast == (dtype is torch.bfloat16)
 
 @pytest.mark.parametrize("bad, says", [(dict(config="lama3-8b"), "Nearest: llama3-8b"), (dict(seq=0), "seq=0"), (dict(batch=1.5), "batch=1.5"), (dict(r=True), "r=True"), (dict(optimizer="adam"), "Nearest: adamw"), (dict(gpu="T40"), "Nearest: T4"), (dict(gpu=True), "No card"),
                                        (dict(targets="q_prj"), "Nearest: 'q_proj'"), (dict(quant={"*.down": None}), "No linear layer matches")])

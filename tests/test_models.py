@@ -378,6 +378,17 @@ def test_an_event_stops_the_stream(built_in):
     assert len(got) == 6 and whole.startswith(cut) and "".join(got) == cut != whole
     assert stream_answer(m, tok, "What is LoRA?", hear, stop, 40) == "" and len(got) == 6
 
+def test_the_head_gets_its_rows_in_one_piece(built_in):
+    "For a slice of the hidden states, torch copies the whole head for each row."
+    model, tok = built_in
+    head, seen = model.get_output_embeddings(), []
+    before = len(head._forward_pre_hooks)
+    watching = head.register_forward_hook(lambda m, args, out: seen.append(args[0].is_contiguous()))
+    try: ask(model, tok, ["One?", "And two?"], max_new_tokens=3)
+    finally: watching.remove()
+    assert len(seen) == 3 and all(seen) and len(head._forward_pre_hooks) == before
+
+
 def test_an_error_while_hearing_ends_the_stream(built_in):
     m, tok = built_in
     def broken(piece): raise OSError("nobody listens")

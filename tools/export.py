@@ -31,7 +31,7 @@ def export():
     cfg.read(ROOT/'settings.ini')
     run('nbdev_export')
     run('nbdev_clean', '--fname', 'nbs')
-    for nb in sorted((ROOT/'nbs/api').glob('*.ipynb')): run('nbdev_clean', '--clear_all', '--fname', str(nb))
+    run('nbdev_clean', '--clear_all', '--fname', 'nbs/api')
     (ROOT/'README.md').write_text(readme(), encoding='utf-8')
     (ROOT/'environment.yml').write_text(environment(cfg['DEFAULT']), encoding='utf-8')
 

@@ -8,13 +8,13 @@ __all__ = ['NORMS', 'MATRICES', 'folder_scaling', 'Factors', 'norm_frame', 'norm
            'fill_matrix', 'still_grid', 'AdapterInspector']
 
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #fb31fd6e
-import difflib, json, math, threading
+import json, math, threading
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
 from pathlib import Path
 from IPython.display import display
 from ..adapter import Adapter, BadAdapterFile, block_index, _check_config, _opened
-from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, shrink, still_table, style_sheet)
+from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, grid, heading, known, panel, parts, picture, shrink, still_table, style_sheet)
 
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #13cf8c01
 def folder_scaling(
@@ -47,7 +47,7 @@ class Factors:
         layer:str   # a key of `layers`
     )->tuple:       # A (r, in), B (out, r) fp32 copies on the CPU; s
         "One layer's factors. `KeyError` with the nearest names."
-        _known(layer, self.layers)
+        known(layer, self.layers)
         if self.adapter is None:
             with _opened(self.file) as f: A,B = (f.get_tensor(k).float() for k in (self.keys[layer], self.keys[layer].replace('lora_A', 'lora_B').replace('lora_embedding_A', 'lora_embedding_B')))
             if A.ndim!=2 or B.ndim!=2 or 0 in A.shape or len(A)!=B.shape[1]: raise BadAdapterFile(f'{self.file}: the factors of {layer} are A {tuple(A.shape)} and B {tuple(B.shape)}; expected (r, in) and (out, r).')
@@ -55,12 +55,6 @@ class Factors:
         module,name = self.adapter.layers[layer],self.adapter.name
         A,B = (t.detach().float().cpu().clone() for t in module.factors(name))
         return A,B,module.scaling[name]
-
-def _known(name, names):
-    if name not in names:
-        near = difflib.get_close_matches(str(name), [str(n) for n in names], 3, 0)
-        raise KeyError(f"{name!r} is not there. Nearest: {', '.join(map(repr, near))}.")
-    return name
 
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #344c4b73
 @torch.no_grad()
@@ -86,7 +80,7 @@ def norm_grid(
     "The overview: a row for each kind of module, a column for each block; NaN where a block has no such layer."
     f = frame.assign(block=frame.block.map(lambda b: '' if pd.isna(b) else int(b)))
     modules,blocks = list(dict.fromkeys(f.module)),sorted(set(f.block), key=lambda b: (b=='', b))
-    return f.pivot_table(index='module', columns='block', values=_known(what, NORMS), sort=False, dropna=False).reindex(index=modules, columns=blocks)
+    return f.pivot_table(index='module', columns='block', values=known(what, NORMS), sort=False, dropna=False).reindex(index=modules, columns=blocks)
 
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #b162fee5
 MATRICES = 'A','Bᵀ','ΔW'
@@ -94,7 +88,7 @@ MATRICES = 'A','Bᵀ','ΔW'
 def matrix_shape(factors:tuple, name:str)->tuple:
     "(rows, columns) of 'A' (r, in), 'Bᵀ' (r, out) or 'ΔW' (out, in)."
     A,B,_ = factors
-    return {'A':(len(A), A.shape[1]), 'Bᵀ':(len(A), len(B)), 'ΔW':(len(B), A.shape[1])}[_known(name, MATRICES)]
+    return {'A':(len(A), A.shape[1]), 'Bᵀ':(len(A), len(B)), 'ΔW':(len(B), A.shape[1])}[known(name, MATRICES)]
 
 def _span(window, n):
     "Whole indices [a, b) within n, at least one of them."
@@ -143,7 +137,7 @@ def colour_limits(
     how:str='matrix' # 'matrix': A with A, ΔW with ΔW; 'all': one; 'own': each its own
 )->dict:        # the same keys → end of the colour scale
     "Ends of the colour scales, shared as `how` says."
-    group = dict(matrix=lambda k: k[1], all=lambda k: 0, own=lambda k: k)[_known(how, _COLOURS.values())]
+    group = dict(matrix=lambda k: k[1], all=lambda k: 0, own=lambda k: k)[known(how, _COLOURS.values())]
     return {k: colour_limit(*(m for other,m in maps.items() if group(other)==group(k))) for k in maps}
 
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #04f95763
@@ -173,7 +167,7 @@ _AXES = {'A':('input feature', 'A: rank'), 'Bᵀ':('output feature', 'Bᵀ: rank
 def _bar(): return dict(thickness=10, tickfont_size=9, outlinewidth=0, nticks=5, exponentformat='power')
 
 def overview_picture():
-    fig = picture([go.Heatmap(z=[[0]], colorscale=_RISING, zmin=0, colorbar=_bar(), xgap=1, ygap=1, hovertemplate='block %{x}, %{y}: %{z:.3g}<extra></extra>'),
+    fig = picture([go.Heatmap(x=[0], y=[''], z=[[0]], colorscale=_RISING, zmin=0, colorbar=_bar(), xgap=1, ygap=1, hovertemplate='block %{x}, %{y}: %{z:.3g}<extra></extra>'),
                    go.Scatter(x=[], y=[], mode='markers', marker=dict(symbol='square-open', size=13, color=COLOUR['heldout'], line_width=2), hoverinfo='skip')], 'block', '', height=230, hovermode='closest')
     fig.layout.yaxis.update(autorange='reversed', showgrid=False, type='category', tickfont_size=10)
     fig.layout.xaxis.update(showgrid=False, zeroline=False, tickfont_size=10)
@@ -246,7 +240,7 @@ class AdapterInspector(widgets.VBox):
         self._factors,self._norms,self._closed,self._quiet,self._lock = {},{},False,False,threading.RLock()
         self.shown = dict(left=names[len(mine)-1], right=right)
         norms = self.norms('left')
-        self.layer = _known(layer, norms.index) if layer is not None else norms['ΔW'].fillna(0).idxmax()
+        self.layer = known(layer, norms.index) if layer is not None else norms['ΔW'].fillna(0).idxmax()
         self._windows,self._axes = {},{}
         self._build()
         super().__init__([style_sheet(), self.watcher, self._top, self._trouble, self._columns])
@@ -411,7 +405,7 @@ AdapterInspector._nearest = _nearest
 def select(self:AdapterInspector, layer:str)->AdapterInspector:
     "Show another layer. `KeyError` with the nearest names for an unknown one."
     if layer!=self.layer: self._unzoom()
-    self.layer = _known(layer, self._all().index)
+    self.layer = known(layer, self._all().index)
     self._quiet = True
     try:
         blocks,modules = self._choices()
@@ -432,7 +426,7 @@ AdapterInspector._clicked = _clicked
 
 def zoom(self:AdapterInspector, name:str, rows=None, columns=None)->AdapterInspector:
     "Show rows (first, last) and columns (first, last) of 'A', 'Bᵀ' or 'ΔW' on both sides; None: all."
-    self._windows[_known(name, MATRICES)] = rows,columns
+    self._windows[known(name, MATRICES)] = rows,columns
     self._quiet = True
     try:
         for side in self.sides():
@@ -468,7 +462,7 @@ AdapterInspector._zoomed = _zoomed
 # %% ../../nbs/api/12_widgets_adapter_inspector.ipynb #ad117ab9
 def data(self:AdapterInspector, name:str, side:str='left')->pd.DataFrame:
     "The numbers behind a picture: 'norms' (all layers), 'overview', 'A', 'Bᵀ' or 'ΔW'."
-    _known(name, ('norms','overview',*MATRICES)); _known(side, self.sides())
+    known(name, ('norms','overview',*MATRICES)); known(side, self.sides())
     if name in MATRICES:
         rows,columns = self._window(name)
         return matrix_map(self._read(side)(self.layer), name, rows, columns)
@@ -477,7 +471,7 @@ AdapterInspector.data = data
 
 def figure(self:AdapterInspector, name:str, side:str='left')->go.Figure:
     "A copy of one picture: 'overview', 'A', 'Bᵀ' or 'ΔW'."
-    return go.Figure(self.figures[_known(side, self.sides())][_known(name, ('overview', *MATRICES))])
+    return go.Figure(self.figures[known(side, self.sides())][known(name, ('overview', *MATRICES))])
 AdapterInspector.figure = figure
 
 def still_inspector(inspector)->str:

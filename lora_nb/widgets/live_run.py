@@ -19,7 +19,7 @@ from ..memory import held
 from ..spectra import effective_rank, singular_values
 from ..trainer import PastRun
 from .adapter_inspector import Factors
-from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, panel, parts, picture,
+from .look import (COLOUR, DIVERGING, Watcher, answer_while_busy, as_text, bytes_text, bytes_unit, grid, heading, known, panel, parts, picture,
                                   seconds_text, seconds_unit, shrink, still_lines, still_table, set_value, style_sheet, thin)
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #7c7c007a
@@ -557,20 +557,16 @@ def close(self:LiveRun):
 LiveRun.close = close
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #1e938986
-def _known(name, names):
-    if name not in names: raise KeyError(f"{name!r}: expected one of {', '.join(map(repr, names))}")
-    return name
-
 def figure(self:LiveRun, name:str)->go.Figure:
     "A copy of one picture: 'loss', 'rates', 'spectrum', 'matrices' or 'memory'."
-    _known(name, self.figures)
+    known(name, self.figures)
     self.refresh()
     return go.Figure(self.figures[name])
 LiveRun.figure = figure
 
 def data(self:LiveRun, name:str)->pd.DataFrame:
     "The numbers behind a picture: 'loss', 'losses' (those of the runs beside too), 'rates', 'spectrum', 'memory', 'samples', 'A' (r, in) or 'B' (out, r)."
-    _known(name, ('loss','losses','rates','spectrum','memory','samples','A','B'))
+    known(name, ('loss','losses','rates','spectrum','memory','samples','A','B'))
     self.refresh()
     if name=='losses': return pd.concat({n:loss_frame(r.events) for n,r in {self.name:self.run, **self.others}.items()}, axis=1)
     if name in 'AB': return pd.DataFrame(self._seen[name] if self._seen else [])

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOUR', 'DIVERGING', 'STYLE', 'as_text', 'bytes_unit', 'bytes_text', 'seconds_text', 'seconds_unit', 'thin',
-           'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'set_value', 'parts',
-           'Watcher', 'answer_while_busy', 'stale_imports', 'ready_notebook', 'still_lines', 'still_table']
+           'shrink', 'style_sheet', 'Library', 'Picture', 'picture', 'panel', 'heading', 'grid', 'set_value', 'known',
+           'parts', 'Watcher', 'answer_while_busy', 'stale_imports', 'ready_notebook', 'still_lines', 'still_table']
 
 # %% ../../nbs/api/12_widgets_look.ipynb #c9701b30
-import html, sys, time
+import difflib, html, sys, time
 import anywidget, ipywidgets as widgets, numpy as np, plotly.graph_objects as go
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
@@ -222,6 +222,13 @@ def grid(*panels)->widgets.GridBox:
 def set_value(widget, value):
     "Set `widget.value` where it differs."
     if widget.value!=value: widget.value = value
+
+# %% ../../nbs/api/12_widgets_look.ipynb #ce47f502
+def known(name, names):
+    "`name`, where it is one of `names`; else `KeyError` with the nearest."
+    if name in names: return name
+    near = difflib.get_close_matches(str(name), [str(n) for n in names], 3, 0)
+    raise KeyError(f"{name!r} is not there. Nearest: {', '.join(map(repr, near))}.")
 
 # %% ../../nbs/api/12_widgets_look.ipynb #40a87487
 def parts(

@@ -8,14 +8,14 @@ __all__ = ['BIN_EDGES', 'ZOOM', 'rounding', 'level_frame', 'histogram_frame', 'z
            'QuantExplorer']
 
 # %% ../../nbs/api/12_widgets_quant_explorer.ipynb #8c23b42a
-import difflib, threading
+import threading
 import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as go, torch
 from functools import partial
 from IPython.display import display
 from ..quantize import BLOCKSIZES, FP4, INT4, NF4, QuantConfig, quantize
 from ..models import quantisable
 from ..sensitivity import mean_loss
-from .look import COLOUR, Watcher, answer_while_busy, as_text, bytes_text, grid, heading, panel, picture, still_table, style_sheet
+from .look import COLOUR, Watcher, answer_while_busy, as_text, bytes_text, grid, heading, known, panel, picture, still_table, style_sheet
 
 # %% ../../nbs/api/12_widgets_quant_explorer.ipynb #628960fc
 BIN_EDGES = np.linspace(-1.1, 1.1, 177)
@@ -134,12 +134,6 @@ def weights_of(
     if not found: raise ValueError('No full-precision linear layer to look at: a 4-bit model no longer has the weights that were rounded. Load it with load_model(…, quant=None), or give {name: tensor}.')
     return found
 
-def _known(name, names):
-    if name not in names:
-        near = difflib.get_close_matches(str(name), [str(n) for n in names], 3, 0)
-        raise KeyError(f"{name!r} is not there. Nearest: {', '.join(map(repr, near))}.")
-    return name
-
 # %% ../../nbs/api/12_widgets_quant_explorer.ipynb #be0667f0
 _TYPES = dict(NF4=NF4, FP4=FP4, INT4=INT4)
 _SIDES = dict(A=COLOUR['quantised'], B=COLOUR['heldout'])
@@ -165,7 +159,7 @@ class QuantExplorer(widgets.VBox):
         self.source,self.samples,self.tokens,self.weights = source,data,tokens,weights_of(source)
         for q in (a, b):
             if not isinstance(q, QuantConfig) or q.codebook.name.upper() not in _TYPES: raise TypeError(f"QuantExplorer shows {', '.join(_TYPES)}; got {q!r}. Try a=NF4(), b=FP4(blocksize=128).")
-        self.layer = list(self.weights)[len(self.weights)//2] if layer is None else _known(layer, self.weights)
+        self.layer = list(self.weights)[len(self.weights)//2] if layer is None else known(layer, self.weights)
         self._lock,self._seen,self._losses,self._closed,self._quiet = threading.RLock(),{},{},False,False
         self._build(dict(A=a, B=b))
         super().__init__([style_sheet(), self.watcher, self._top, self._columns])
@@ -216,7 +210,7 @@ QuantExplorer._last = _last
 # %% ../../nbs/api/12_widgets_quant_explorer.ipynb #5534293d
 def choice(self:QuantExplorer, side:str='A')->QuantConfig:
     "The type, block size and doubling that the controls of 'A' or 'B' say now."
-    c = self.controls[_known(side, _SIDES)]
+    c = self.controls[known(side, _SIDES)]
     return _TYPES[c['type'].value](c['blocksize'].value, c['double'].value)
 QuantExplorer.choice = choice
 
@@ -293,15 +287,15 @@ QuantExplorer._press = _press
 # %% ../../nbs/api/12_widgets_quant_explorer.ipynb #86aa1d31
 def data(self:QuantExplorer, name:str, side:str='A')->pd.DataFrame:
     "The numbers behind a picture of 'A' or 'B': 'histogram', 'levels' or 'zoom'; or 'facts' of both."
-    _known(name, (*_NAMES, 'facts'))
+    known(name, (*_NAMES, 'facts'))
     if name=='facts': return pd.DataFrame({s:facts(self.weights[self.layer], self._rounding(s)['q']) | {'loss':self._losses.get(self.choice(s), float('nan'))} for s in _SIDES})
-    seen = self._rounding(_known(side, _SIDES))
+    seen = self._rounding(known(side, _SIDES))
     return zoom_frame(self.weights[self.layer], seen['q'], self.start.value*ZOOM) if name=='zoom' else dict(histogram=histogram_frame, levels=level_frame)[name](seen)
 QuantExplorer.data = data
 
 def figure(self:QuantExplorer, name:str, side:str='A')->go.Figure:
     "A copy of one picture: 'histogram', 'levels' or 'zoom'."
-    return go.Figure(self.figures[_known(side, _SIDES)][_known(name, _NAMES)])
+    return go.Figure(self.figures[known(side, _SIDES)][known(name, _NAMES)])
 QuantExplorer.figure = figure
 
 def still_choices(explorer)->str:

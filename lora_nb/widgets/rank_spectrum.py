@@ -20,8 +20,8 @@ from ..adapter import activate, truncate
 from ..data import collate
 from ..loss import model_loss
 from ..spectra import effective_rank, singular_values, spectra_by_layer
-from .adapter_inspector import Factors, _known
-from .look import COLOUR, Watcher, answer_while_busy, as_text, grid, heading, panel, parts, picture, still_lines, still_table, style_sheet
+from .adapter_inspector import Factors
+from .look import COLOUR, Watcher, answer_while_busy, as_text, grid, heading, known, panel, parts, picture, still_lines, still_table, style_sheet
 
 # %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #8757ed5f
 def spectra_event(
@@ -74,7 +74,7 @@ def spectrum_bands(
 )->pd.DataFrame:         # index rank 1…r; columns value, low, high
     "One layer's singular values; or of all layers median, 10th and 90th percentile at each place."
     if layer is not None:
-        s = spectra[_known(layer, spectra)].double().numpy()
+        s = spectra[known(layer, spectra)].double().numpy()
         return pd.DataFrame(dict(value=s, low=s, high=s), index=pd.RangeIndex(1, len(s)+1, name='rank'))
     M = np.full((len(spectra), max(map(len, spectra.values()), default=0)), np.nan)
     for row,s in zip(M, spectra.values()): row[:len(s)] = (s/s[0] if s[0]>0 else s).double().numpy()
@@ -101,7 +101,7 @@ def rank_table(
     layer:str|None=None  # one layer; None: all together
 )->pd.DataFrame:         # index rank 1…r: parameters; error, ‖cut away‖/‖ΔW‖; energy, share of ‖ΔW‖² kept
     "What a cut to each rank would cost and keep."
-    chosen = spectra if layer is None else {layer: spectra[_known(layer, spectra)]}
+    chosen = spectra if layer is None else {layer: spectra[known(layer, spectra)]}
     r = max(map(len, chosen.values()))
     S2 = torch.zeros(len(chosen), r, dtype=torch.float64)
     for row,s in zip(S2, chosen.values()): row[:len(s)] = s.double().square()
@@ -257,7 +257,7 @@ class RankSpectrum(widgets.VBox):
         self.adapter,self.run,self.every = adapter,run,every
         self.loss = loss if loss is not None else getattr(getattr(run, 'data', None), 'val', None) or None
         self.layers,self.shapes = list(adapter.layers),{p:(l.out_features, l.in_features) for p,l in adapter.layers.items()}
-        self.layer = None if layer is None else _known(layer, self.layers)
+        self.layer = None if layer is None else known(layer, self.layers)
         self.losses,self.history,self._closed,self._quiet,self._lock = {},{},False,False,threading.RLock()
         self._due,self._next,self._off,self._read,self._ranks = False,0.,[],0,(None, None)
         try: self._loop = asyncio.get_running_loop()
@@ -436,7 +436,7 @@ RankSpectrum._press = _press
 # %% ../../nbs/api/12_widgets_rank_spectrum.ipynb #5f19c228
 def data(self:RankSpectrum, name:str)->pd.DataFrame:
     "The numbers behind a picture: 'spectrum', 'ranks' (over the steps) or 'cut' (with the losses that were measured)."
-    _known(name, self.figures)
+    known(name, self.figures)
     if name=='spectrum': return spectrum_bands(self.history[self.step()], self.layer)
     if name=='ranks': return self.ranks()
     return self.table().assign(loss=pd.Series(self.losses, dtype=float))
@@ -444,7 +444,7 @@ RankSpectrum.data = data
 
 def figure(self:RankSpectrum, name:str)->go.Figure:
     "A copy of one picture: 'spectrum', 'ranks' or 'cut'."
-    return go.Figure(self.figures[_known(name, self.figures)])
+    return go.Figure(self.figures[known(name, self.figures)])
 RankSpectrum.figure = figure
 
 def still_spectrum(widget)->str:
