@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'nbytes', 'process_memory', 'held', 'peak_memory', 'free_at_once', 'gpu_memory']
 
 # %% ../nbs/api/11_memory.ipynb #8f0b1a60
-import ctypes,sys,threading
+import ctypes,os,sys,threading
 from collections import Counter
 import psutil,torch
 from torch import nn
@@ -149,6 +149,9 @@ def free_at_once(
     "From now on this process gives blocks of `size` bytes and more back to the system when they are freed (`mallopt(3)`, M_MMAP_THRESHOLD). A `Trainer` on the CPU calls it."
     try: return sys.platform=="linux" and bool(ctypes.CDLL(None).mallopt(-3, ctypes.c_int(size)))
     except AttributeError: return False
+
+# %% ../nbs/api/11_memory.ipynb #496bfe68
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 # %% ../nbs/api/11_memory.ipynb #523267ce
 def _nvml_used(uuid):

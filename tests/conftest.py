@@ -46,6 +46,14 @@ def counting(n=64, length=12, vocab=40, seed=0):
     return SimpleNamespace(train=samples[8:], val=samples[:8], tok=SimpleNamespace(pad_token_id=0))
 
 
+@pytest.fixture(scope='session', autouse=True)
+def peers_in_their_dtype():
+    "On a CPU with AVX512-BF16 bitsandbytes' layers multiply in bf16 in eval mode, whatever their dtype; here they do what they do elsewhere."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('bitsandbytes.nn.modules.has_avx512bf16', lambda: False)
+        yield
+
+
 @pytest.fixture
 def llama(): return tiny_llama()
 

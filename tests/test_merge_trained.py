@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 rows, unmerged = json.loads(open(sys.argv[1]).read()), load_file(sys.argv[2])
 for folder in sys.argv[3:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()    # it has no dropout; in eval mode bitsandbytes multiplies in bf16 where the CPU can
     gap = size = kl = loss = changed = n = 0
     for i, (ids, labels) in enumerate(rows):
         at = [j for j in range(len(ids)-1) if labels[j+1] != -100]
