@@ -15,7 +15,7 @@ from lora_nb.linear4bit import Linear4bit
 from lora_nb.merge import chosen, merge, merge_in_place, merge_report, merged, merged_parts, recommend, unmerge
 from lora_nb.quantize import INT4, NF4
 
-SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=.1)
+SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=.1)
 
 @pytest.fixture(autouse=True, scope='module')
 def one_core():
@@ -65,7 +65,7 @@ ids, folders = json.loads(open(sys.argv[1]).read())
 for f in folders:
     model, info = AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32, output_loading_info=True)
     wrong = {k: sorted(map(str, v)) for k,v in info.items() if v}
-    model.eval()
+    for m in model.modules(): m.training = type(m).__name__=='Linear4bit'    # in eval mode bitsandbytes multiplies in bf16 where the CPU can
     with torch.no_grad(): save_file({'logits': torch.cat([model(torch.tensor([i])).logits[0, 2:-1] for i in ids])}, f + '.out')
     print(json.dumps([f, wrong, type(model.model.layers[0].self_attn.q_proj).__name__ if hasattr(model, 'model') else '', next(model.parameters()).shape[0]]))
 assert 'lora_nb' not in sys.modules
