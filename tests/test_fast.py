@@ -9,7 +9,7 @@ from lora_nb.data import Sample, collate, collate_packed
 from lora_nb.fast import fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.loss import model_loss, model_scores
-from lora_nb.models import quantisable
+from lora_nb.models import default_dtype, quantisable
 from lora_nb.quantize import NF4
 
 SHAPE = dict(vocab_size=120, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)
@@ -189,6 +189,7 @@ def test_leaves_no_trace():
 @pytest.mark.parametrize('family', ['llama', 'qwen3', 'gemma3'])
 def test_bf16_is_as_near_to_fp32_as_the_general_path(family):
     config, kwargs = FAST[family]
+    bound = 2 if default_dtype('cpu') is torch.bfloat16 else 1.2    # 1.6 was seen where the CPU multiplies in bf16: there the adapters' products are in bf16 too
     model, exact = tiny(config, **kwargs).bfloat16(), tiny(config, **kwargs).bfloat16().float()
     adapter, reference = adapted(model), adapted(exact)
     for name in ('shared', 'wide'):
@@ -197,7 +198,7 @@ def test_bf16_is_as_near_to_fp32_as_the_general_path(family):
         far = lambda g: sum((g[k]-wanted[k]).square().sum() for k in wanted).sqrt()
         (v, g), (general, slow) = (grads(f, model, adapter, batch) for f in (fast_loss, model_loss))
         assert v.dtype is torch.float32 and abs(v-want) <= 1.5*abs(general-want)+5e-3
-        assert far(g) <= 2*far(slow)+1e-4        # 1.6 times where the CPU multiplies in bf16: there the adapters' products are in bf16 too
+        assert far(g) <= bound*far(slow)+1e-4
 
 def test_frozen_adapters_and_no_grad():
     model, batch = tiny(tf.LlamaConfig), batches()['uneven']

@@ -3,14 +3,9 @@ import re
 from pathlib import Path
 
 import nbformat
+from outputs import printed
 
 PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/02_four_bits.ipynb'
-
-
-def printed(nb):
-    "All text that the code cells gave."
-    outputs = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
-    return '\n'.join(o.get('text') or o.data.get('text/html', '')+o.data.get('text/plain', '') for o in outputs)
 
 
 def claims_hold(text):

@@ -177,7 +177,7 @@ def test_a_checkpoint_of_transformers_loads_here(tmp_path, kind, double):
     assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-6)
 
-@pytest.mark.parametrize("config, kind", [(NF4(double=True), "nf4"), (NF4(32), "nf4"), (FP4(), "fp4")])
+@pytest.mark.parametrize("config, kind", [(NF4(double=True), "nf4"), (NF4(128), "nf4"), (FP4(), "fp4")])
 def test_a_checkpoint_of_ours_loads_in_transformers(tmp_path, config, kind):
     from transformers import AutoModelForCausalLM
     ours = tiny_llama()

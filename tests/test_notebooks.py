@@ -4,7 +4,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from test_four_bits import claims_hold, printed
+from outputs import printed
+from test_four_bits import claims_hold
 
 ROOT = Path(__file__).resolve().parent.parent
 API = sorted((ROOT/'nbs/api').glob('*.ipynb'))

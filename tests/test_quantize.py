@@ -180,8 +180,8 @@ def test_bits_per_param():
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_through_params4bit(kind, double, blocksize):
-    "Ours to bitsandbytes' parameter and back, with what it writes itself. No block runs across the end of a row, which its AVX-512 kernel misreads."
-    w = torch.randn(48, 256).bfloat16()
+    "Ours to bitsandbytes' parameter and back, with what it writes itself."
+    w = torch.randn(48, 80).bfloat16()
     q = quantize(w, TYPES[kind](blocksize, double))
     sd = q.state_dict("weight")
     param = bnb.nn.Params4bit.from_prequantized(sd["weight"], {k.removeprefix("weight."): v for k, v in sd.items() if k != "weight"}, device="cpu")

@@ -1,16 +1,16 @@
 "The first tutorial: what its committed outputs show, and a run of it by `lora-nb run`, as `make lab HEADLESS=1` does, at its small setting."
-import ast
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from outputs import result_of
 
 PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/01_live_qlora.ipynb'
 
 
 def test_the_committed_run_generalised():
-    r = ast.literal_eval(nbformat.read(PATH, as_version=4).cells[-1].outputs[0].data['text/plain'])
+    r = result_of(nbformat.read(PATH, as_version=4))
     assert r['state'] == 'finished' and r['score_after'] >= .7 > .1 > r['score_before'] and r['score_train'] >= .9
     assert r['loss_after'] < .05 < 4 < r['loss_before'] and r['peak_memory'] < 2.2*2**30 and r['seconds'] < 15*60
     assert 'low-rank adaptation' in r['after'].lower() and 'low-rank adaptation' not in r['before'].lower()

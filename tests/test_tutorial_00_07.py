@@ -1,17 +1,15 @@
 "The quick look, and adapters together: what they say is what their committed outputs show."
-import ast
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from test_four_bits import printed
+from outputs import printed, result_of
 
 TUTORIALS = Path(__file__).resolve().parent.parent/'nbs/tutorials'
 
 
 def notebook(name): return nbformat.read(TUTORIALS/f'{name}.ipynb', as_version=4)
-def result(nb): return next(ast.literal_eval(c.outputs[0].data['text/plain']) for c in nb.cells if c.source.startswith('result = '))
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +21,7 @@ def together(): return notebook('07_together')
 
 
 def test_the_quick_look_says_what_it_shows(quick):
-    r, said = result(quick), printed(quick)
+    r, said = result_of(quick), printed(quick)
     assert r['layers'] == 210 and f"{r['bits']:.3f}" == '4.127' and '106.2 million numbers in 52.2 MiB' in said            # "the 210 linear layers, 106 million numbers"
     assert .65 < 1-52.2/r['base_mib'] < .7                                                                                   # "Two thirds of the base is its table of words"
     file, normal = r['errors'].values()
@@ -39,24 +37,24 @@ def test_they_are_light():
 
 
 def test_a_wrong_adapter_is_worse_than_none(together):
-    loss = result(together)['loss']
+    loss = result_of(together)['loss']
     for topic, other in (('adapters', 'bits'), ('bits', 'adapters')): assert loss[topic][topic] < .05 < 4.5 < loss['base'][topic] < loss[other][topic]
-    assert result(together)['by_row'] < 1e-3 and result(together)['switch'] < .1
+    assert result_of(together)['by_row'] < 1e-3 and result_of(together)['switch'] < .1
 
 
 def test_sums_are_what_is_said_of_them(together):
-    at = {(s['weights'], s['how']): s for s in result(together)['sums']}
+    at = {(s['weights'], s['how']): s for s in result_of(together)['sums']}
     half, full = at[.5, 'cat'], at[1., 'cat']
     assert f"{half['adapters']:.2f}, {half['bits']:.2f}" == '0.54, 0.60' and full['adapters'] < half['adapters'] and full['bits']-half['bits'] > half['adapters']-full['adapters']
     assert half['away'] < 1e-6 and round(at[.5, 'svd']['away'], 2) == .12 and round(at[.5, 'linear']['away'], 2) == 1                # "12 % of the sum", "as far from the sum as the sum is long"
     assert all(at[w, 'svd'][t]-at[w, 'cat'][t] < .1 for w in (.5, 1.) for t in ('adapters', 'bits'))                                 # "less than 0.1 nats"
     assert at[.5, 'linear']['adapters']-half['adapters'] < .06 and round(at[.5, 'linear']['bits']-half['bits'], 1) == .8
-    base = result(together)['loss']['base']
+    base = result_of(together)['loss']['base']
     assert 3.5 < at[1., 'linear']['adapters'] < base['adapters'] and at[1., 'linear']['bits'] > base['bits']                         # "little is left of the one and nothing of the other"
 
 
 def test_cuts_and_merges_cost_what_is_said(together):
-    r = result(together)
+    r = result_of(together)
     losses = [r['cuts'][f'rank {k}'] for k in (16, 8, 4, 2, 1)]
     for t in ('adapters', 'bits'):
         costs = [b[t]-a[t] for a, b in zip(losses, losses[1:])]

@@ -1,5 +1,4 @@
 "The tutorials on a spreadsheet and on prose: what they say is what their committed outputs show, and they look at the right thing."
-import ast
 import csv
 import io
 import re
@@ -7,13 +6,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_four_bits import printed
+from outputs import printed, result_of
 
 TUTORIALS = Path(__file__).resolve().parent.parent/'nbs/tutorials'
 
 
 def notebook(name): return nbformat.read(TUTORIALS/f'{name}.ipynb', as_version=4)
-def result(nb): return ast.literal_eval(nb.cells[-1].outputs[0].data['text/plain'])
 def source(nb, start): return next(c for c in nb.cells if c.source.startswith(start))
 
 
@@ -44,7 +42,7 @@ def test_each_mistake_is_answered_by_name(own):
 
 
 def test_the_conclusion_on_the_table_is_what_the_outputs_show(own):
-    r = result(own)
+    r = result_of(own)
     assert round(r['adapter']['all'], 2) == .81 and round(r['prompted']['all'], 2) == .24 and r['base']['all'] == 0       # "81 %", "24 %"
     assert min(r['adapter']['team'], r['adapter']['place']) > .9 and round(r['adapter']['urgent'], 2) == .9               # "has learned", "90 %"
     table = source(own, 'trained = scored()').outputs[0].data['text/plain']
@@ -55,7 +53,7 @@ def test_the_conclusion_on_the_table_is_what_the_outputs_show(own):
 
 
 def test_the_conclusion_on_prose_is_what_the_outputs_show(prose):
-    r, said = result(prose), printed(prose)
+    r, said = result_of(prose), printed(prose)
     assert round(r['base'], 1) == 17.2 and round(r['adapter'], 1) == 10.6 and r['better'] == len(r['held_out']) == 9      # "from 17.2 to 10.6", "each of the nine"
     assert round(r['base_seen'], 1) == 22.2 and round(r['adapter_seen'], 1) == 10.3                                       # "from 22.2 to 10.3"
     assert round(r['words'], 2) == .41 and round(r['chat_base'], 2) == .94 and round(r['chat_adapter'], 2) == 1.29        # "41 %", "1.29 ... in place of 0.94"
@@ -71,7 +69,7 @@ def test_no_chapter_that_is_held_out_stands_in_another(prose):
         words = text.split()
         return {tuple(words[i:i+n]) for i in range(len(words)-n+1)}
     of = {name: phrases(text) for name, text in topics.items()}
-    for name in result(prose)['held_out']: assert not any(of[name] & those for other, those in of.items() if other != name), name
+    for name in result_of(prose)['held_out']: assert not any(of[name] & those for other, those in of.items() if other != name), name
 
 
 def test_they_are_light():

@@ -1,12 +1,11 @@
 "Where a step's time goes: its table of kinds, and that the prose says what the committed outputs show."
-import ast
 import re
 from functools import cache
 from pathlib import Path
 
 import nbformat
 import pytest
-from test_four_bits import printed
+from outputs import printed, prose, result_of
 
 PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/06_where_time_goes.ipynb'
 
@@ -16,7 +15,7 @@ def nb(): return nbformat.read(PATH, as_version=4)
 
 
 @pytest.fixture(scope='module')
-def result(nb): return next(ast.literal_eval(c.outputs[0].data['text/plain']) for c in nb.cells if c.source.startswith('result = '))
+def result(nb): return result_of(nb)
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +71,6 @@ def test_memory_is_what_is_said_of_it(result):
     assert result['peak_memory'] < 4e9
 
 
-def prose(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown')
 def share(kinds, name): return f"{100*kinds[name]/total(kinds):.0f} %"
 
 

@@ -11,7 +11,7 @@ from lora_nb.fast import why_general
 from lora_nb.fit import LIBRARIES, OPTIMIZER_BYTES, adapter_params, meta_model, plan
 from lora_nb.quantize import NF4
 from lora_nb.trainer import OPTIMIZERS, Settings, Trainer, check_settings
-from test_four_bits import printed
+from outputs import printed, prose, result_of
 
 PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/08_seven_billion.ipynb'
 SHAPE, SETTING = 'qwen2.5-7b', dict(quant=NF4(double=True), r=16, seq=512, batch=2, checkpointing=True, optimizer='paged_adamw8bit')
@@ -23,11 +23,10 @@ def nb(): return nbformat.read(PATH, as_version=4)
 
 
 @pytest.fixture(scope='module')
-def result(nb): return ast.literal_eval(nb.cells[-1].outputs[0].data['text/plain'])
+def result(nb): return result_of(nb)
 
 
 def code(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type == 'code' and '%pip' not in c.source)
-def prose(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown')
 
 
 def assigned(nb, name):

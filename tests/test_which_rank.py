@@ -1,11 +1,10 @@
 "The tutorial on ranks: what it says held is what its committed outputs show."
-import ast
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from test_four_bits import printed
+from outputs import printed, result_of
 
 PATH = Path(__file__).resolve().parent.parent/'nbs/tutorials/03_which_rank.ipynb'
 
@@ -15,7 +14,7 @@ def nb(): return nbformat.read(PATH, as_version=4)
 
 
 @pytest.fixture(scope='module')
-def result(nb): return ast.literal_eval(nb.cells[-1].outputs[0].data['text/plain'])
+def result(nb): return result_of(nb)
 
 
 def test_the_conclusion_is_what_the_outputs_show(nb, result):
