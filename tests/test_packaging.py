@@ -8,23 +8,25 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 ini = configparser.ConfigParser(delimiters=['='])
 ini.read(ROOT/'settings.ini')
 CFG = ini['DEFAULT']
+CONSTRAINTS = [line for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith('#')]
 name_of = lambda r: re.split('[<>=]', r)[0]
 
 
 def test_every_direct_requirement_has_a_tested_version():
-    pinned = {name_of(line) for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith('#')}
+    pinned = {Requirement(line).name for line in CONSTRAINTS}
     assert pinned == {name_of(r) for r in (CFG['requirements']+' '+CFG['dev_requirements']).split()}
 
 
 def test_the_tested_versions_are_the_installed_ones():
     from importlib.metadata import version
-    pins = dict(line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if not line.startswith('#'))
-    assert {n: version(n).split('+')[0] for n in pins} == pins
+    pins = [r for r in map(Requirement, CONSTRAINTS) if r.marker is None or r.marker.evaluate()]
+    assert [] == [(str(r), version(r.name)) for r in pins if not r.specifier.contains(version(r.name))]
 
 
 def test_version_stands_in_one_place():
@@ -55,8 +57,8 @@ def test_the_package_needs_neither_peft_nor_nbdev_nor_fastcore():
     subprocess.run([sys.executable, '-c', code], check=True, cwd='/')
 
 
-def test_a_wheel_carries_tutorials_and_data_and_its_command(tmp_path):
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)], check=True)
+def test_the_sdist_makes_a_wheel_with_tutorials_data_and_command(tmp_path):
+    subprocess.run([Path(sys.executable).with_name('uv'), 'build', '-q', '--out-dir', tmp_path, ROOT], check=True)     # the wheel is made from the sdist
     wheel, = tmp_path.glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
     assert {'lora_nb/_nbs/tutorials/01_live_qlora.ipynb', 'lora_nb/_nbs/data/lora_qa.jsonl', 'lora_nb/trainer.py', 'lora_nb/widgets/live_run.py'} <= set(names)
@@ -72,3 +74,17 @@ def test_copying_the_tutorials_never_overwrites(tmp_path):
     first = copy_tutorials(tmp_path)
     first[0].write_text('mine')
     assert not copy_tutorials(tmp_path) and first[0].read_text() == 'mine'
+
+
+def test_a_package_that_is_too_old_or_missing_is_named_with_the_command_that_mends_it(monkeypatch):
+    import lora_nb.all as a
+    a.check_requirements('a package that is not installed')
+    for lines, says in ((['transformers>=99', 'torch>=2.6'], r'lora_nb needs transformers>=99 \(here: 5\..*pip install "transformers>=99" and restart'), (['nobody>=1'], 'not installed')):
+        monkeypatch.setattr(a, 'requires', lambda _: lines)
+        with pytest.raises(ImportError, match=says): a.check_requirements()
+
+
+def test_the_check_comes_before_what_it_guards():
+    code = "import importlib.metadata as m, sys; was = m.version; m.version = lambda n: '4.57.1' if n=='transformers' else was(n); import lora_nb.all"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode and 'lora_nb needs transformers>=' in out.stderr.splitlines()[-1] and '4.57.1' in out.stderr
