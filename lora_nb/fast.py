@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'compute_dtype', 'Same', 'Norm', 'Gate', 'Group', 'projec
 import ctypes, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -19,7 +19,7 @@ from .linear4bit import Linear4bit, _room
 from .lora import LoRALinear, add_update
 from .loss import has_plain_head, hidden_scores, model_loss, model_scores
 from .models import default_dtype
-from .quantize import _kernel
+from .quantize import QuantConfig, _kernel, fp4, nf4, quantize
 
 # %% ../nbs/api/08b_fast.ipynb #7d687f32
 @cache
@@ -590,25 +590,72 @@ def fast_scores(
     return hidden_scores(h, model.get_output_embeddings().weight, t)
 
 # %% ../nbs/api/08b_fast.ipynb #79ee6d1c
+_ROWS = 8 # up to so many rows are multiplied with the codes themselves
+
+@lru_cache(maxsize=16)
+def _row_kernel(book, blocksize):
+    "bitsandbytes' product of bf16 rows with a 4-bit weight on a CPU with AVX512-BF16; None elsewhere, and where the result is not that of the reference."
+    if book not in (nf4, fp4): return None
+    try:
+        from bitsandbytes.cextension import lib
+        from bitsandbytes.functional import has_avx512bf16
+        if not has_avx512bf16(): return None
+        fn = getattr(lib, f'gemv_4bit_inference_cpu_{book.name}_bf16')
+    except (ImportError, AttributeError, RuntimeError, OSError): return None
+    draw = torch.Generator().manual_seed(0)
+    q = quantize(torch.randn(64, 2*blocksize, generator=draw), QuantConfig(book, blocksize))
+    x = torch.randn(3, 2*blocksize, generator=draw).bfloat16()
+    got,want = _row_product(fn, [q])(x).float(),x.float()@q.dequantize(torch.float32).T
+    return fn if (got-want).norm()<.01*want.norm() else None
+
+def _interleaved(q):
+    "The codes of `q (out, in)` as the kernel reads them: of each 32 rows, 16 in the low four bits and 16 in the high ones, in pairs of columns."
+    low,high = q.packed.view(-1, 2, 16, q.shape[1]//2).unbind(1)
+    pairs = torch.stack([low>>4 | high&240, low&15 | high<<4], -1)
+    return pairs.transpose(1, 2).reshape(q.shape[0], -1)
+
+def _row_product(fn, qs):
+    "`fn` on weights that lie below each other: x (rows, in) → y (rows, out₁+out₂+…), both bf16."
+    codes = torch.cat([_interleaved(q) for q in qs])
+    scales = torch.cat([q.scales.view(q.shape[0], -1) for q in qs]).T.to(torch.bfloat16).contiguous()
+    (n,k),size = (len(codes),qs[0].shape[1]),qs[0].blocksize
+    longs,at = lambda *v: map(ctypes.c_int64, v),lambda t: ctypes.c_void_p(t.data_ptr())
+    def product(x):
+        x,y = x.contiguous(),x.new_empty(len(x), n)
+        fn(*longs(len(x), n, k), at(x), at(codes), at(scales), at(y), *longs(size, k, n))
+        return y
+    return product
+
+def _few_rows(group, dtype):
+    "The product of few rows with the codes of all layers of `group`; None where there is no kernel for them."
+    qs = [b.qweight for b in group.bases]
+    kinds = {(q.codebook, q.blocksize) for q in qs}
+    if dtype is not torch.bfloat16 or len(kinds)>1 or any(q.shape[0]%32 or q.shape[1]%q.blocksize for q in qs): return None
+    fn = _row_kernel(*kinds.pop())
+    return fn and _row_product(fn, qs)
+
+# %% ../nbs/api/08b_fast.ipynb #f457dec0
 class _Decoder:
     "A `Group` of 4-bit layers prepared for few rows, without a graph. Its buffer is not for two threads at once."
     def __init__(self, group, dtype, buffer):
         n,k = group.cuts[-1].stop,group.bases[0].in_features
-        self.group,self.dtype,self.W = group,dtype,buffer[:n*k].view(n, k)
+        self.group,self.dtype,self.W,self.few = group,dtype,buffer[:n*k].view(n, k),_few_rows(group, dtype)
         self.scales = [b.qweight.scales for b in group.bases] # kept: the calls hold their addresses
         self.calls = [_prepared(b.qweight, s, self.W[cut], dtype) for b,s,cut in zip(group.bases, self.scales, group.cuts)]
         ups = list(group.updates(dtype))
         self.A = torch.cat([A for *_,A,_ in ups]).T if ups else None
-        at,self.ups = 0,[]
-        for cut,s,A,B in ups: self.ups.append((cut, slice(at, at := at+len(A)), (B*s).T))
+        self.B,at = torch.zeros(sum(len(A) for *_,A,_ in ups), n, dtype=dtype),0
+        for cut,s,A,B in ups: self.B[at:(at := at+len(A)), cut] = (B*s).T
         self.biases = [(cut, b.to(dtype)) for cut,b in zip(group.cuts, group.biases) if b is not None]
 
-    def __call__(self, x):
+    def base(self, x):
+        if self.few and len(x)<=_ROWS: return self.few(x)
         for fn,args in self.calls: fn(*args)
-        y = x@self.W.T
-        if self.A is not None:
-            u = x@self.A
-            for cut,rows,B in self.ups: y[:, cut].addmm_(u[:, rows], B)
+        return x@self.W.T
+
+    def __call__(self, x):
+        y = self.base(x)
+        if self.A is not None: y.addmm_(x@self.A, self.B)
         for cut,b in self.biases: y[:, cut] += b
         return y
 
@@ -645,7 +692,7 @@ def _decodable(m, dtype):
 def fast_decoding(
     model # any model with 4-bit layers on the CPU; others are left as they are
 ):
-    "Within this context `model` generates faster, in this thread, with the adapters that are active now. It computes what it did; weights must not change meanwhile."
+    "Within this context `model` generates faster, in this thread, with the adapters that are active now. It computes what it did, within the noise of bf16 where that is the model's dtype; weights must not change meanwhile."
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     dtype,found,seen = compute_dtype(torch.empty(0, dtype=kind)),[],set()
     for m in model.modules():

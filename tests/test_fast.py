@@ -6,11 +6,11 @@ from torch import nn
 from conftest import counting, tiny_llama
 from lora_nb.adapter import activate, add_lora, by_row
 from lora_nb.data import Sample, collate, collate_packed
-from lora_nb.fast import fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
+from lora_nb.fast import Group, _few_rows, fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.loss import model_loss, model_scores
 from lora_nb.models import default_dtype, quantisable
-from lora_nb.quantize import NF4
+from lora_nb.quantize import FP4, NF4
 
 SHAPE = dict(vocab_size=120, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)
 FAST = dict(
@@ -295,3 +295,20 @@ def test_decoding_leaves_alone_what_it_cannot_prepare():
     with pytest.raises(RuntimeError, match='stop'):
         with fast_decoding(model): raise RuntimeError('stop')
     assert not any('forward' in m.__dict__ for m in model.modules())
+
+@pytest.mark.parametrize('blocksize', [32, 64, 128])
+@pytest.mark.parametrize('book', [NF4, FP4])
+def test_few_rows_are_multiplied_with_the_codes_where_the_cpu_can(book, blocksize):
+    "Several layers below each other, of one row and of more; what the kernel cannot read goes the other way."
+    from bitsandbytes.functional import has_avx512bf16
+    layers = [Linear4bit.from_linear(torch.nn.Linear(256, n, bias=False), book(blocksize, double=True)) for n in (96, 32, 64)]
+    product = _few_rows(Group(layers), torch.bfloat16)
+    assert (product is not None) == has_avx512bf16()
+    for odd in (torch.nn.Linear(256, 40), torch.nn.Linear(224 if blocksize>32 else 240, 64)): assert _few_rows(Group([Linear4bit.from_linear(odd, book(blocksize))]), torch.bfloat16) is None
+    assert _few_rows(Group(layers), torch.float32) is None
+    if not product: return
+    for rows in (1, 2, 5, 8):
+        x = torch.randn(rows, 256).bfloat16()
+        want = torch.cat([x.double()@l.dequantize(torch.float32).double().T for l in layers], 1)
+        assert (product(x)-want).norm() < .006*want.norm()
+        assert torch.equal(product(x.T.contiguous().T), product(x))      # rows that do not lie one after another

@@ -23,7 +23,7 @@ def together(): return notebook('07_together')
 def test_the_quick_look_says_what_it_shows(quick):
     r, said = result_of(quick), printed(quick)
     assert r['layers'] == 210 and f"{r['bits']:.3f}" == '4.127' and '106.2 million numbers in 52.2 MiB' in said            # "the 210 linear layers, 106 million numbers"
-    assert .65 < 1-52.2/r['base_mib'] < .7                                                                                   # "Two thirds of the base is its table of words"
+    assert .45 < 1-52.2/r['base_mib'] < .7     # "Much of the base is its table of words": in 32 bits two thirds, in 16 a half
     file, normal = r['errors'].values()
     assert file['nf4'] > normal['nf4'] and all(e['nf4'] < e['int4'] < e['fp4'] for e in (file, normal))
     assert r['loss'][0] > 5 > .1 > r['loss'][-1] and re.search(r'20 +0\.092 +0\.983', said)                                  # "98 % of the held-out tokens"
