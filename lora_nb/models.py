@@ -10,7 +10,7 @@ __all__ = ['SMOLLM2', 'TEMPLATE_SECONDS', 'TEMPLATE_BYTES', 'default_dtype', 'Ba
            'bnb_settings', 'save_model', 'TemplateRefused', 'render_chat', 'ask', 'stream_answer']
 
 # %% ../nbs/api/06_models.ipynb #138f8735
-import copy,ctypes,difflib,fnmatch,importlib.metadata,importlib.util,json,math,os,re,reprlib,shutil,struct,tempfile,threading,time,warnings
+import copy,ctypes,difflib,fnmatch,importlib.util,json,math,os,re,reprlib,shutil,struct,tempfile,threading,time,warnings
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache,partial
@@ -146,17 +146,10 @@ def _gguf_bytes(shape, kind):
     if not 1<=len(shape)<=4: raise ValueError(f"{len(shape)} dimensions, expected 1 to 4")
     return math.prod(quant_shape_to_byte_shape(shape, GGMLQuantizationType(kind)))
 
-@lru_cache
-def _version_gguf():
-    "On Python 3.10 older releases of transformers ask the module for its version, which does not say it."
-    import gguf
-    if not hasattr(gguf, "__version__"): gguf.__version__ = importlib.metadata.version("gguf")
-
 def gguf_header(
     path # a .gguf file, version 2 or 3, little-endian
 )->tuple: # (metadata dict, {tensor's name: (shape, type's number, offset from the file's start)})
     "The metadata and the table of tensors of a GGUF file, by the format's definition (ggml's docs/gguf.md); no tensor is read."
-    _version_gguf()
     with open(path, "rb") as f:
         try:
             magic,version,n_tensors,n_meta = struct.unpack("<4sIQQ", f.read(24))

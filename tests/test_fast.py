@@ -81,7 +81,7 @@ def test_checkpointing_equals_the_general_path(family):
     model = tiny(config, **kwargs).train()
     adapter = adapted(model)
     plain = {k: grads(fast_loss, model, adapter, b) for k, b in batches().items()}
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     for name, batch in batches().items():
         v, g = grads(fast_loss, model, adapter, batch)
         assert torch.allclose(v, plain[name][0], atol=1e-6) and all(torch.allclose(g[k], plain[name][1][k], atol=1e-5) for k in g)
@@ -100,7 +100,7 @@ def test_saves_less():
     batch = {k: v.clamp(max=39) for k, v in batch.items()}
     adapted(model)
     general, fast = (saved_bytes(lambda: f(model, batch)) for f in (model_loss, fast_loss))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     light = saved_bytes(lambda: fast_loss(model, batch))
     assert light < .45*fast and fast < .5*general
 

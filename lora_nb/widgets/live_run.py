@@ -6,8 +6,8 @@
 __all__ = ['MEMORY', 'OTHERS', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rates_frame', 'smooth', 'time_left',
            'matrices', 'spectrum_frame', 'memory_now', 'memory_frame', 'sample_frame', 'other_colours', 'loss_picture',
            'fill_loss', 'fill_others', 'rates_picture', 'fill_rates', 'spectrum_picture', 'nearest', 'fill_spectrum',
-           'matrices_picture', 'fill_matrices', 'memory_picture', 'fill_memory', 'memory_legend', 'samples_html',
-           'asker', 'status_text', 'trouble_text', 'run_names', 'still_html', 'LiveRun']
+           'matrices_picture', 'fill_matrices', 'clear', 'memory_picture', 'fill_memory', 'memory_legend',
+           'samples_html', 'asker', 'status_text', 'trouble_text', 'run_names', 'still_html', 'LiveRun']
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #ffbb32e4
 import asyncio, difflib, threading, time
@@ -202,8 +202,12 @@ def fill_matrices(fig, seen):
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #b6db4b5f
+def clear(colour, opacity):
+    "'#rrggbb' as CSS's rgba; older releases of plotly refuse '#rrggbbaa'."
+    return f"rgba({','.join(str(int(colour[i:i+2], 16)) for i in (1, 3, 5))},{opacity})"
+
 def memory_picture():
-    return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=COLOUR[c]+'c0') for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
+    return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=clear(COLOUR[c], .75)) for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
 
 def fill_memory(fig, events):
     "Put memory by kind into `fig`, in units that fit; returns the sum in words."
