@@ -40,7 +40,7 @@ def test_pictures_and_tables_hold_the_runs_numbers(finished):
     assert np.allclose(live.figure('spectrum').data[0].y, s, rtol=1e-4)
     assert np.allclose(live.figure('matrices').data[1].z, layer.B['default'].detach().T)
     memory = live.data('memory').iloc[-1]
-    shown = [float(trace.y[-1]) for trace in live.figure('memory').data]
+    shown = [float(trace.y[-1]) for trace in live.figure('memory').data if len(trace.y)]      # no card here
     assert np.allclose(np.array(shown)/sum(shown), memory[[t.name for t in live.figure('memory').data]]/memory.sum())
 
 
@@ -327,3 +327,19 @@ def test_a_damaged_line_is_named(tmp_path, bad):
 
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="give a folder that Trainer"): LiveRun(tmp_path)
+
+
+def test_a_card_is_drawn_beside_the_kinds(monkeypatch):
+    "What PyTorch has reserved as a line, what all processes use of the card in words; on a CPU nothing of it."
+    said = dict(device='cuda:1', name='Tesla T4', allocated=3*2**30, reserved=4*2**30, peak=3*2**30, used=5*2**30, total=15*2**30, source='nvml')
+    monkeypatch.setattr(lr, 'gpu_memory', lambda: [None, said])
+    assert lr.card_now(torch.device('cuda:1'))==dict(card=said) and lr.card_now(torch.device('cpu'))=={}
+    kinds = {k: 2**29 for k in lr.MEMORY}
+    events = [dict(kind='memory', time=t, bytes=kinds, **extra) for t in (1., 2.) for extra in [lr.card_now(torch.device('cuda:1'))]]
+    fig = lr.memory_picture()
+    words = lr.fill_memory(fig, events)
+    assert words=="2.5 GiB in all · 5 GiB of the card's 15 GiB" and fig.data[-1].y.tolist()==[4., 4.] and fig.data[0].y.tolist()==[.5, .5]
+    assert lr.memory_legend(events)['reserved by PyTorch (dotted)'][1]=="4 GiB"
+    assert lr.card_frame(events).loc[2.].to_dict()==dict(allocated=3*2**30, reserved=4*2**30, used=5*2**30, total=15*2**30)
+    plain = [dict(kind='memory', time=1., bytes=kinds)]
+    assert lr.fill_memory(fig, plain)=='2.5 GiB in all' and not len(fig.data[-1].x) and lr.card_frame(plain).empty and list(lr.memory_legend(plain))==list(reversed(lr.MEMORY))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'OTHERS', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rates_frame', 'smooth', 'time_left',
-           'matrices', 'spectrum_frame', 'memory_now', 'memory_frame', 'sample_frame', 'other_colours', 'loss_picture',
-           'fill_loss', 'fill_others', 'rates_picture', 'fill_rates', 'spectrum_picture', 'nearest', 'fill_spectrum',
-           'matrices_picture', 'fill_matrices', 'clear', 'memory_picture', 'fill_memory', 'memory_legend',
-           'samples_html', 'asker', 'status_text', 'trouble_text', 'run_names', 'still_html', 'LiveRun']
+           'matrices', 'spectrum_frame', 'memory_now', 'card_now', 'card_frame', 'memory_frame', 'sample_frame',
+           'other_colours', 'loss_picture', 'fill_loss', 'fill_others', 'rates_picture', 'fill_rates',
+           'spectrum_picture', 'nearest', 'fill_spectrum', 'matrices_picture', 'fill_matrices', 'clear',
+           'memory_picture', 'fill_memory', 'memory_legend', 'samples_html', 'asker', 'status_text', 'trouble_text',
+           'run_names', 'still_html', 'LiveRun']
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #ffbb32e4
 import asyncio, difflib, threading, time
@@ -15,7 +16,7 @@ import ipywidgets as widgets, numpy as np, pandas as pd, plotly.graph_objects as
 from functools import partial
 from pathlib import Path
 from IPython.display import display, update_display
-from ..memory import held
+from ..memory import gpu_memory, held
 from ..spectra import effective_rank, singular_values
 from ..trainer import PastRun
 from .adapter_inspector import Factors
@@ -95,7 +96,16 @@ MEMORY = {'base weights':'base', 'adapter':'adapter', 'gradients':'gradients', '
 def memory_now(run)->dict:
     "What the run's process (or card) holds, bytes by kind; an event for the run's probe."
     kinds = held(run.model, adapter=run.adapter, optimizer=run.optimizer)
-    return dict(kind='memory', bytes={k:int(v) for k,v in kinds.items()})
+    return dict(kind='memory', bytes={k:int(v) for k,v in kinds.items()}) | card_now(next(run.model.parameters()).device)
+
+def card_now(device)->dict: # {'card': …}; {} for the CPU
+    "What PyTorch and the driver say of a GPU, as `gpu_memory` gives it."
+    return dict(card=gpu_memory()[device.index or 0]) if device.type=='cuda' else {}
+
+def card_frame(events)->pd.DataFrame:
+    "Index `time`; bytes of the card: `allocated` (tensors), `reserved` (by PyTorch), `used` (by all processes), `total`. No rows on a CPU."
+    seen,columns = [e for e in of_kind(events, 'memory') if e.get('card')],['allocated','reserved','used','total']
+    return pd.DataFrame([{c:e['card'][c] for c in columns} for e in seen], index=pd.Index([e['time'] for e in seen], name='time', dtype=float), columns=columns)
 
 def memory_frame(events)->pd.DataFrame:
     "Index `time`, seconds since the start; a column of bytes for each kind."
@@ -198,7 +208,7 @@ def fill_matrices(fig, seen):
     for trace,M in zip(fig.data, (seen['A'], seen['B'].T)):
         z = shrink(M)
         most = float(np.nanmax(np.abs(z), initial=0)) or 1.
-        trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(int), y=np.arange(1, len(z)+1))
+        trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(np.int32), y=np.arange(1, len(z)+1, dtype=np.int32)) # plotly sends int64 as text
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #b6db4b5f
@@ -207,7 +217,8 @@ def clear(colour, opacity):
     return f"rgba({','.join(str(int(colour[i:i+2], 16)) for i in (1, 3, 5))},{opacity})"
 
 def memory_picture():
-    return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=clear(COLOUR[c], .75)) for name,c in MEMORY.items()], 'time (s)', 'memory (MiB)')
+    return picture([go.Scatter(name=name, x=[], y=[], mode='lines', stackgroup='held', line=dict(width=.5, color=COLOUR[c]), fillcolor=clear(COLOUR[c], .75)) for name,c in MEMORY.items()]
+                   + [go.Scatter(name='reserved', x=[], y=[], mode='lines', line=dict(width=1.5, dash='dot', color=COLOUR['rest']))], 'time (s)', 'memory (MiB)')
 
 def fill_memory(fig, events):
     "Put memory by kind into `fig`, in units that fit; returns the sum in words."
@@ -217,15 +228,19 @@ def fill_memory(fig, events):
     rows = {name:np.array([e['bytes'].get(name, 0) for e in seen], dtype=float) for name in MEMORY}
     total = sum(rows.values())
     (by,unit),(per,each),keep = bytes_unit(total.max()),seconds_unit(t[-1]),thin(total)
-    for trace in fig.data: trace.x,trace.y = t[keep]/per,rows[trace.name][keep]/by
+    card = card_frame(seen)
+    for trace in fig.data[:-1]: trace.x,trace.y = t[keep]/per,rows[trace.name][keep]/by
+    keep = thin(card.reserved.to_numpy(dtype=float)) if len(card) else []
+    fig.data[-1].x,fig.data[-1].y = card.index.to_numpy()[keep]/per,card.reserved.to_numpy(dtype=float)[keep]/by
     titles = f'time ({each})',f'memory ({unit})'
     if (fig.layout.xaxis.title.text,fig.layout.yaxis.title.text)!=titles: fig.layout.xaxis.title.text,fig.layout.yaxis.title.text = titles
-    return f'{bytes_text(total[-1])} in all'
+    return f'{bytes_text(total[-1])} in all'+(f" · {bytes_text(card.used.iloc[-1])} of the card's {bytes_text(card.total.iloc[-1])}" if len(card) else '')
 
 def memory_legend(events)->dict:
     "Each kind's colour and its newest bytes in words, as they are stacked from the top."
-    newest = next(iter(of_kind(events, 'memory')[-1:]), dict(bytes={}))['bytes']
-    return {name:(COLOUR[c], bytes_text(newest[name]) if name in newest else '') for name,c in reversed(MEMORY.items())}
+    newest = next(iter(of_kind(events, 'memory')[-1:]), dict(bytes={}))
+    card = {'reserved by PyTorch (dotted)':(COLOUR['rest'], bytes_text(newest['card']['reserved']))} if newest.get('card') else {}
+    return card | {name:(COLOUR[c], bytes_text(newest['bytes'][name]) if name in newest['bytes'] else '') for name,c in reversed(MEMORY.items())}
 
 def samples_html(events)->str:
     "Questions with the base's and the adapter's answers; everything is shown as text."
@@ -569,11 +584,11 @@ def figure(self:LiveRun, name:str)->go.Figure:
 LiveRun.figure = figure
 
 def data(self:LiveRun, name:str)->pd.DataFrame:
-    "The numbers behind a picture: 'loss', 'losses' (those of the runs beside too), 'rates', 'spectrum', 'memory', 'samples', 'A' (r, in) or 'B' (out, r)."
-    known(name, ('loss','losses','rates','spectrum','memory','samples','A','B'))
+    "The numbers behind a picture: 'loss', 'losses' (those of the runs beside too), 'rates', 'spectrum', 'memory', 'card' (a GPU's), 'samples', 'A' (r, in) or 'B' (out, r)."
+    known(name, ('loss','losses','rates','spectrum','memory','card','samples','A','B'))
     self.refresh()
     if name=='losses': return pd.concat({n:loss_frame(r.events) for n,r in {self.name:self.run, **self.others}.items()}, axis=1)
     if name in 'AB': return pd.DataFrame(self._seen[name] if self._seen else [])
     if name=='spectrum': return spectrum_frame(self._some('spectrum'), self.layer)
-    return dict(loss=loss_frame, rates=rates_frame, memory=memory_frame, samples=sample_frame)[name](self._some('step','eval','memory','sample'))
+    return dict(loss=loss_frame, rates=rates_frame, memory=memory_frame, card=card_frame, samples=sample_frame)[name](self._some('step','eval','memory','sample'))
 LiveRun.data = data
