@@ -40,8 +40,9 @@ def test_pictures_and_tables_hold_the_runs_numbers(finished):
     assert np.allclose(live.figure('spectrum').data[0].y, s, rtol=1e-4)
     assert np.allclose(live.figure('matrices').data[1].z, layer.B['default'].detach().T)
     memory = live.data('memory').iloc[-1]
-    shown = [float(trace.y[-1]) for trace in live.figure('memory').data if len(trace.y)]      # no card here
-    assert np.allclose(np.array(shown)/sum(shown), memory[[t.name for t in live.figure('memory').data]]/memory.sum())
+    *kinds, card = live.figure('memory').data
+    shown = [float(trace.y[-1]) for trace in kinds]
+    assert np.allclose(np.array(shown)/sum(shown), memory[[t.name for t in kinds]]/memory.sum()) and not len(card.y) and live.data('card').empty
 
 
 def test_every_layer_can_be_chosen(finished):
