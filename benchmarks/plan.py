@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 SETTINGS = [dict(seq=256, batch=4), dict(seq=512, batch=8), dict(seq=512, batch=8, checkpointing=True), dict(seq=1024, batch=2, r=64), dict(seq=2048, batch=1), dict(seq=128, batch=32),
             dict(seq=256, batch=4, quant=None), dict(seq=256, batch=8, r=64, optimizer="adamw8bit"), dict(seq=256, batch=2, r=256), dict(seq=512, batch=4, targets="attention"),
-            dict(seq=256, batch=4, dropout=.1), dict(seq=512, batch=4, dropout=.1, checkpointing=True)]
+            dict(seq=256, batch=4, dropout=.1), dict(seq=512, batch=4, dropout=.1, checkpointing=True), dict(seq=1024, batch=4, checkpointing=True), dict(seq=384, batch=6, r=32)]
 
 
 def one(setting, heap):

@@ -6,7 +6,7 @@
 __all__ = ['copy_tutorials', 'lab', 'execute', 'verdict', 'main']
 
 # %% ../nbs/api/15_cli.ipynb #7c287fa0
-import argparse,json,os,shutil,subprocess,sys,time
+import argparse,json,os,reprlib,shutil,subprocess,sys,time
 from pathlib import Path
 from .data import notebooks_folder
 
@@ -68,7 +68,8 @@ def execute(
 def verdict(
     result:dict # a tutorial's `result`
 )->tuple:       # (lines to print, whether the held-out score rose)
-    "What a headless run says, and whether it may be called a success."
+    "What a headless run says, and whether it may be called a success: where a question was asked before and after, the held-out score must have risen."
+    if 'question' not in result: return [f'{k:<17} {reprlib.repr(v)}' for k,v in result.items()]+['', 'It ran from start to end.'],True
     try: lines = [
         f"question          {result['question']}",
         f"before            {result['before']}",
@@ -81,7 +82,8 @@ def verdict(
         f"adapter           {result['adapter']}"]
     except KeyError as e: return [f"The notebook's result has no {e}: the run did not end as it should"],False
     if 'first_curve' in result: lines.insert(-2, f"first curve       moves {result['first_curve']:.0f} s after the first cell's start")
-    return lines,result['state']=='finished' and result['score_after']>result['score_before']
+    ok = result['state']=='finished' and result['score_after']>result['score_before']
+    return lines+['', 'The held-out score rose.' if ok else 'FAILED: the held-out score did not rise.'],ok
 
 # %% ../nbs/api/15_cli.ipynb #c785bd3a
 def main(argv=None)->int:
@@ -97,7 +99,7 @@ def main(argv=None)->int:
     if args.command=='lab': return lab(args.folder, not args.no_browser)
     if not Path(args.notebook).exists(): p.error(f"no notebook {args.notebook!r}")
     result = execute(args.notebook)
-    if 'adapter' in result: result['adapter'] = str(Path(args.notebook).resolve().parent/result['adapter'])
+    if 'question' in result and 'adapter' in result: result['adapter'] = str(Path(args.notebook).resolve().parent/result['adapter'])
     lines,ok = verdict(result)
-    print('\n'.join(['']+lines+['', 'The held-out score rose.' if ok else 'FAILED: the held-out score did not rise.']))
+    print('\n'.join(['', *lines]))
     return 0 if ok else 1

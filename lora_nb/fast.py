@@ -85,15 +85,17 @@ _MERGE = 192 # tokens from which on adding s·B·A to the buffer is cheaper than
 class Group:
     "Frozen linear layers, dense or in 4 bits, that read one input `x (T, in)`; each with at most one adapter. `y (T, out₁+out₂+…)`."
     def __init__(self, layers):
-        self.bases,self.AB,self.s = [],[],[]
+        self.bases,self.AB,self.s,self.p,self.seeds = [],[],[],[],{}
         for l in layers:
             name = next((n for n in l.active if n in l.A), None) if isinstance(l, LoRALinear) else None
             self.bases.append(l.base if isinstance(l, LoRALinear) else l)
             self.AB += [None, None] if name is None else [l.A[name], l.B[name]]
             self.s.append(0. if name is None else l.scaling[name])
+            self.p.append(l.dropout[name] if name is not None and l.training else 0.)
         ends = torch.tensor([b.out_features for b in self.bases]).cumsum(0).tolist()
         self.cuts = [slice(a, b) for a,b in zip([0, *ends], ends)]
         self.packed = all(isinstance(b, Linear4bit) for b in self.bases)
+        self.places = [i for i in range(len(self.bases)) if self.AB[2*i] is not None]
         self.biases = [b.bias for b in self.bases]
 
     def weight(self, dtype, merged):
@@ -107,10 +109,19 @@ class Group:
 
     def updates(self, dtype):
         "(columns of y, s, A, B) of each adapter."
-        for i,(cut,s) in enumerate(zip(self.cuts, self.s)):
-            if self.AB[2*i] is not None: yield cut,s,*(t.detach().to(dtype) for t in self.AB[2*i:2*i+2])
+        for i in self.places: yield self.cuts[i],self.s[i],*(t.detach().to(dtype) for t in self.AB[2*i:2*i+2])
 
-    def merges(self, x): return self.packed and x.dtype.itemsize>=4 and len(x)>=_MERGE
+    def merges(self, x): return self.packed and x.dtype.itemsize>=4 and len(x)>=_MERGE and not any(self.p)
+
+    def drop(self, i, *xs):
+        "What the i-th adapter sees of each of `xs (T, in)`: the same places at every call, drawn anew from a seed, so that no mask is kept."
+        if not self.p[i]: return xs
+        if i not in self.seeds: self.seeds[i] = int(torch.randint(2**62, ()))
+        n,device,out = xs[0].numel(),xs[0].device,min(round(self.p[i]*2**16), 2**16-1)
+        dice = torch.Generator(device).manual_seed(self.seeds[i])
+        draws = torch.empty(-(-n//4), dtype=torch.int64, device=device).random_(-2**63, None, generator=dice).view(torch.int16) # four draws of 16 bits from each of the generator's
+        hidden = draws[:n].view(xs[0].shape)<out-2**15
+        return [x.masked_fill(hidden, 0).mul_(2**16/(2**16-out)) for x in xs]
 
     def __call__(self, x, residual=None):
         "Σ over the layers, plus `residual (T, out)`."
@@ -125,7 +136,7 @@ class Group:
         for cut,bias in zip(self.cuts, self.biases):
             if bias is not None: y[:, cut] += bias.to(y.dtype)
         if not merged:
-            for cut,s,A,B in self.updates(x.dtype): y[:, cut].addmm_(x@A.T, B.T, alpha=s)
+            for i,(cut,s,A,B) in zip(self.places, self.updates(x.dtype)): y[:, cut].addmm_(self.drop(i, x)[0]@A.T, B.T, alpha=s)
         return y
 
     def back(self, x, g, to_x, to_AB):
@@ -137,20 +148,25 @@ class Group:
                 W = base.dequantize(g.dtype) if isinstance(base, Linear4bit) else base.weight.to(g.dtype)
                 gx = g[:, cut]@W if gx is None else gx.addmm_(g[:, cut], W)
         ups = list(self.updates(x.dtype))
-        if ups and (to_AB or not merged):
+        if any(self.p):
+            for i,(cut,s,A,B) in zip(self.places, ups):
+                V = (g[:, cut]@B).mul_(s)
+                seen,back = self.drop(i, x, V@A)
+                if to_x: gx.add_(back)
+                if to_AB: self._factors(seen, g, A, V, [(cut, s, A, B)], [i], found)
+        elif ups and (to_AB or not merged):
             A = ups[0][2] if len(ups)==1 else torch.cat([A for *_,A,_ in ups])
             V = torch.cat([(g[:, cut]@B).mul_(s) for cut,s,_,B in ups], 1)
             if to_x and not merged: gx.addmm_(V, A)
-            if to_AB: self._factors(x, g, A, V, ups, found)
+            if to_AB: self._factors(x, g, A, V, ups, self.places, found)
         return gx,found
 
-    def _factors(self, x, g, A, V, ups, found):
+    def _factors(self, x, g, A, V, ups, places, found):
         U,gA,at = x@A.T,V.T@x,0
-        places = [i for i in range(0, len(self.AB), 2) if self.AB[i] is not None]
         for i,(cut,s,a,_) in zip(places, ups):
             rows = slice(at, at := at+len(a))
-            found[i] = gA[rows].to(self.AB[i].dtype)
-            found[i+1] = (U[:, rows].T@g[:, cut]).mul_(s).T.to(self.AB[i+1].dtype)
+            found[2*i] = gA[rows].to(self.AB[2*i].dtype)
+            found[2*i+1] = (U[:, rows].T@g[:, cut]).mul_(s).T.to(self.AB[2*i+1].dtype)
 
 # %% ../nbs/api/08b_fast.ipynb #38e86b37
 class _Project(torch.autograd.Function):
@@ -453,7 +469,6 @@ def _linear(m):
         for n in on:
             _need(m.how[n] is add_update, 'DoRA')
             _need(n not in m.A0._buffers, 'a start that is subtracted (PiSSA, OLoRA)')
-            _need(not (m.training and m.dropout[n]), 'dropout')
         base = m.base
     _need(type(_plain(base)) in (nn.Linear, Linear4bit), f'a {type(base).__name__} where a linear layer was expected')
     _need(not any(p.requires_grad for p in base.parameters()), 'a base layer that is trained')

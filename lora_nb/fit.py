@@ -334,6 +334,6 @@ def plan(
     if optimizer not in OPTIMIZER_BYTES: raise ValueError(_named("optimizer", optimizer, list(OPTIMIZER_BYTES)))
     config,where = shape_config(config),card(gpu)
     dtype = dtype or (torch.float16 if any(n in where.name for n in ("T4", "V100")) else torch.bfloat16 if where.cuda else default_dtype("cpu"))
-    fast = config.model_type in FAMILIES and not dropout and dtype is not torch.float16  # fp16 trains under autocast, by the general path
+    fast = config.model_type in FAMILIES and dtype is not torch.float16  # fp16 trains under autocast, by the general path
     job = Job(config, quant, r, targets, seq, batch, checkpointing, optimizer, dtype, fast, bool(dropout))
     return Plan(job, where, job_bytes(job, where.before))

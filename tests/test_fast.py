@@ -6,8 +6,9 @@ from torch import nn
 from conftest import counting, tiny_llama
 from lora_nb.adapter import activate, add_lora, by_row
 from lora_nb.data import Sample, collate, collate_packed
-from lora_nb.fast import Group, _few_rows, fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
+from lora_nb.fast import Group, _few_rows, project, fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
 from lora_nb.linear4bit import Linear4bit
+from lora_nb.lora import LoRALinear
 from lora_nb.loss import model_loss, model_scores
 from lora_nb.models import default_dtype, quantisable
 from lora_nb.quantize import FP4, NF4
@@ -116,7 +117,6 @@ def test_other_families_take_the_general_path(family):
 def two_at_once(model): adapted(model); adapted(model, 2, name='second'); activate(model, 'default', 'second')
 GENERAL = {
     'DoRA': lambda m: adapted(m, dora=True),
-    'dropout': lambda m: (adapted(m, dropout=.1), m.train()),
     '2 adapters at once': two_at_once,
     'a start that is subtracted': lambda m: adapted(m, init='pissa'),
     'a hook': lambda m: (adapted(m), m.model.layers[1].mlp.register_forward_hook(lambda *a: None)),
@@ -148,10 +148,44 @@ def test_odd_batches_take_the_general_path():
     with pytest.raises(ValueError, match='No labelled token'): fast_loss(model, batch | dict(labels=torch.full_like(batch['labels'], -100)))
 
 def test_dropout_counts_only_in_training():
-    model = tiny(tf.LlamaConfig)
+    model, batch = tiny(tf.LlamaConfig), batches()['uneven']
     adapter = adapted(model, dropout=.5)
-    assert why_general(model.train()) == 'dropout' and why_general(model.eval()) is None
-    agree(model, adapter, batches()['uneven'])
+    agree(model.eval(), adapter, batch)
+    model.train()
+    assert why_general(model, batch) is None and fast_loss(model, batch) != fast_loss(model, batch)
+
+@pytest.mark.parametrize('light', [False, True], ids=['plain', 'checkpointing'])
+@pytest.mark.parametrize('name', ['even', 'uneven', 'shared'])
+def test_gradients_under_dropout_are_the_losss_slope(name, light):
+    "With the same draw: along the gradient, the loss of two near points differs by what the gradient says."
+    model, batch = tiny(tf.LlamaConfig).double(), batches()[name]
+    adapter = adapted(model, dropout=.3)
+    if light: model.gradient_checkpointing_enable()
+    model.train()
+    params = [p for p in adapter.parameters() if p.requires_grad]
+    def loss(): torch.manual_seed(5); return fast_loss(model, batch)
+    loss().backward()
+    way = [p.grad.clone() for p in params]
+    slope = sum(d.square().sum() for d in way).item()
+    e = 1e-4/slope**.5
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(params, way): p.add_(d, alpha=sign*e)
+            ends.append(loss().item())
+            for p, d in zip(params, way): p.sub_(d, alpha=sign*e)
+    assert slope == pytest.approx((ends[0]-ends[1])/(2*e), rel=1e-4)
+
+def test_dropout_is_drawn_anew_and_unbiased():
+    "The mean over many draws is what is computed without it."
+    layer = LoRALinear(torch.nn.Linear(32, 24, bias=False).requires_grad_(False))
+    layer.add(r=4, dropout=.4)
+    with torch.no_grad(): layer.B['default'].normal_()
+    x = torch.randn(6, 32)
+    torch.manual_seed(0)
+    with torch.no_grad(): mean = torch.stack([project(x, [layer.train()]) for _ in range(4000)]).mean(0)
+    want = layer.eval()(x)
+    assert (mean-want).norm() < .05*want.norm()
 
 def test_adapters_on_off_and_switched():
     model, batch = tiny(tf.LlamaConfig), batches()['shared']

@@ -74,7 +74,9 @@ def test_each_change_is_smaller_and_what_costs_nothing_comes_first():
 def test_more_of_anything_takes_more():
     base = dict(seq=512, batch=4, r=16, gpu="L4")
     t = lambda **k: plan("qwen2.5-1.5b", **base | k).total
-    assert t() < t(seq=1024) and t() < t(batch=8) and t() < t(r=32) and t() < t(dropout=.1) and t() < t(quant=None) and t(checkpointing=True) < t() and t(optimizer="adamw8bit") < t()
+    assert t() < t(seq=1024) and t() < t(batch=8) and t() < t(r=32) and t() < t(quant=None) and t(checkpointing=True) < t() and t(optimizer="adamw8bit") < t()
+    phi = lambda **k: plan("phi3-mini", **base | k).total           # no fast path: a dropped copy of each input is kept
+    assert phi() < phi(dropout=.1) and t() == t(dropout=.1)
 
 def test_from_a_folder_and_a_config(tmp_path):
     config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
