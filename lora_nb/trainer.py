@@ -9,7 +9,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Settings', 'check_settings', 'optimizer_t
            'read_events', 'PastRun', 'to_tensorboard']
 
 # %% ../nbs/api/09_trainer.ipynb #90c4e1e7
-import atexit,ctypes,json,math,os,shutil,signal,threading,time,weakref
+import atexit,ctypes,json,math,os,reprlib,shutil,signal,threading,time,weakref
 from contextlib import nullcontext
 from dataclasses import dataclass,asdict,replace
 from functools import cache
@@ -917,6 +917,13 @@ def _out_of_memory(self:Trainer, run, samples):
 Trainer._out_of_memory = _out_of_memory
 
 # %% ../nbs/api/09_trainer.ipynb #4107125e
+_number,_text = (lambda v: isinstance(v, (int, float))),(lambda v: isinstance(v, str))
+_numbers = lambda v: isinstance(v, list) and all(map(_number, v))
+_bytes = lambda v: isinstance(v, dict) and all(map(_number, v.values()))
+_card = lambda v: v is None or isinstance(v, dict) and all(_number(v.get(k)) for k in ('allocated','reserved','used','total'))
+_EVENTS = dict(step=dict.fromkeys(('loss','lr','epoch','tokens'), _number), eval=dict(loss=_number), memory=dict(bytes=_bytes, card=_card), spectrum=dict(layer=_text, s=_numbers),
+              state=dict(state=_text), checkpoint=dict(path=_text), error=dict(text=_text), warning=dict(text=_text)) # kind → field → what it must be
+
 def read_events(
     file         # a run's events.jsonl
 )->list:         # of events
@@ -927,8 +934,7 @@ def read_events(
         try:
             e = json.loads(line)
             if not (isinstance(e, dict) and isinstance(e.get('kind'), str) and all(isinstance(e.get(k), (int, float)) for k in ('step','time'))): raise ValueError("expected an object with kind, step and time")
-            need = dict(step=('loss','lr','epoch','tokens'), eval=('loss',)).get(e['kind'], ())
-            if odd := [k for k in need if not isinstance(e.get(k), (int, float))]: raise ValueError(f"{odd[0]} is no number")
+            if odd := [k for k,fits in _EVENTS.get(e['kind'], {}).items() if not fits(e.get(k))]: raise ValueError(f"{odd[0]} is {reprlib.repr(e.get(odd[0]))}")
         except (ValueError, RecursionError) as err:
             if i==len(lines): break # cut short
             raise ValueError(f"{file}, line {i}: no event of a run ({err})") from None

@@ -319,7 +319,8 @@ def test_a_run_that_did_not_end_well_is_shown(tmp_path, text, state):
     assert state in live._state.value and ('disk full' in live._trouble.value)==(state=='failed') and live.data('loss').empty and live.choose.options==()
 
 
-@pytest.mark.parametrize('bad', ['[]', '{"kind": 3, "step": 1, "time": 1}', '{"kind": "step"}', 'step 3', '\x00\x01'])
+@pytest.mark.parametrize('bad', ['{"kind": "memory", "step": 1, "time": 1, "bytes": 3}', '{"kind": "memory", "step": 1, "time": 1, "bytes": {}, "card": {"total": "x"}}', '{"kind": "spectrum", "step": 1, "time": 1, "layer": "a", "s": ["1"]}',
+                                 '{"kind": "state", "step": 1, "time": 1, "state": {}}', '{"kind": "error", "step": 1, "time": 1}', '[]', '{"kind": 3, "step": 1, "time": 1}', '{"kind": "step"}', 'step 3', '\x00\x01'])
 def test_a_damaged_line_is_named(tmp_path, bad):
     good = '{"kind": "state", "time": 0.0, "step": 0, "state": "running"}\n'
     (tmp_path/'events.jsonl').write_text(good+bad+'\n'+good)
