@@ -1,5 +1,5 @@
 "LiveRun as a person meets it: a real JupyterLab in a real Chromium. Screenshots are kept in test-artifacts/."
-import json, shutil, time
+import json, re, shutil, time
 from pathlib import Path
 import pytest
 from live_tiny import tiny_run
@@ -77,8 +77,8 @@ def test_looks(lab):
             until(fits, what=f'every plot fits its panel at {width} pixels')
             lab.screenshot(f'live-run-{width}-{theme.lower()}')
         colour = lambda: live.box.locator('.xtitle').first.evaluate('el => getComputedStyle(el).fill')      # empty while plotly puts another title in its place
-        letters = until(lambda: (c := colour()).startswith('rgb') and c, what="an axis title's colour")
-        assert (sum(map(int, letters[4:-1].split(',')[:3])) > 380)==(theme=='Dark'), letters
+        suits = lambda c: c.startswith('rgb') and (sum(map(float, re.findall(r'[\d.]+', c)[:3])) > 380)==(theme=='Dark')
+        until(lambda: suits(colour()), 30, f'letters for the {theme.lower()} theme')
     lab.theme('Light')
     lab.page.set_viewport_size(dict(width=1500, height=1000))
     assert not lab.errors
