@@ -58,12 +58,13 @@ def test_the_package_needs_neither_peft_nor_nbdev_nor_fastcore():
 
 
 def test_the_sdist_makes_a_wheel_with_tutorials_data_and_command(tmp_path):
-    subprocess.run([Path(sys.executable).with_name('uv'), 'build', '-q', '--out-dir', tmp_path, ROOT], check=True)     # the wheel is made from the sdist
+    uv = Path(sys.executable).with_name('uv')
+    subprocess.run([uv, 'build', '-q', '--out-dir', tmp_path, ROOT], check=True)     # the wheel is made from the sdist
     wheel, = tmp_path.glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
     assert {'lora_nb/_nbs/tutorials/01_live_qlora.ipynb', 'lora_nb/_nbs/data/lora_qa.jsonl', 'lora_nb/trainer.py', 'lora_nb/widgets/live_run.py'} <= set(names)
     site = tmp_path/'site'
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', str(site), str(wheel)], check=True)
+    subprocess.run([uv, 'pip', 'install', '-q', '--python', sys.executable, '--no-deps', '--target', site, wheel], check=True)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from lora_nb import cli; print(cli.__file__); print(len(cli.copy_tutorials({str(tmp_path/'mine')!r})))"
     out = subprocess.run([sys.executable, '-P', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
     assert out[0].startswith(str(site)) and int(out[1]) > 1 and (tmp_path/'mine/tutorials/01_live_qlora.ipynb').exists()
