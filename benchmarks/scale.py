@@ -54,7 +54,7 @@ def measure(config, tokens, rank, steps, threads, clock, light, dtype, pipe):
         size = sum(getattr(m, 'qweight').numel() for m in model.modules() if hasattr(m, 'qweight'))+sum(p.numel() for p in model.parameters())
         if torch.cuda.is_available(): model = model.cuda()
         adapter = add_lora(model, r=rank)
-        if light: model.activation_checkpointing_enable()
+        if light: model.gradient_checkpointing_enable()
         model.train()
         assert why_general(model) is None, why_general(model)
         opt = torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True)
