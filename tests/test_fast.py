@@ -336,10 +336,11 @@ def test_few_rows_are_multiplied_with_the_codes_where_the_cpu_can(book, blocksiz
     "Several layers below each other, of one row and of more; what the kernel cannot read goes the other way."
     from bitsandbytes.functional import has_avx512bf16
     layers = [Linear4bit.from_linear(torch.nn.Linear(256, n, bias=False), book(blocksize, double=True)) for n in (96, 32, 64)]
-    product = _few_rows(Group(layers), torch.bfloat16)
+    def few(layers, dtype=torch.bfloat16): return _few_rows(Group(layers), dtype, [l.qweight.scales for l in layers])
+    product = few(layers)
     assert (product is not None) == has_avx512bf16()
-    for odd in (torch.nn.Linear(256, 40), torch.nn.Linear(224 if blocksize>32 else 240, 64)): assert _few_rows(Group([Linear4bit.from_linear(odd, book(blocksize))]), torch.bfloat16) is None
-    assert _few_rows(Group(layers), torch.float32) is None
+    for odd in (torch.nn.Linear(256, 40), torch.nn.Linear(224 if blocksize>32 else 240, 64)): assert few([Linear4bit.from_linear(odd, book(blocksize))]) is None
+    assert few(layers, torch.float32) is None
     if not product: return
     for rows in (1, 2, 5, 8):
         x = torch.randn(rows, 256).bfloat16()
