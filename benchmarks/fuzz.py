@@ -7,10 +7,11 @@ An input must be accepted, or refused with the reader's own error, raised in lor
 folder as it was and, where it is refused, the model too. The readers run in a child process that is watched: one that dies or hangs
 is counted, and a new one goes on with the next input. `--atheris` lets libFuzzer choose the bytes, guided by coverage (pip install atheris).
 """
-import argparse, copy, csv, io, json, os, random, resource, shutil, struct, subprocess, sys, tempfile, time, traceback, warnings
+import argparse, copy, csv, importlib.util, io, json, os, random, resource, shutil, struct, subprocess, sys, tempfile, time, traceback, warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(importlib.util.find_spec('lora_nb').origin).parent
 SECONDS, BYTES = 5, 500*2**20
 SHARES = dict(jsonl=.25, csv=.12, text=.03, gguf=.22, codes=.14, events=.05, adapter=.08, inspector=.02, checkpoint=.02, folder=.04, four_bit=.01, gguf_model=.01, template=.01)
 
@@ -426,7 +427,7 @@ def forget_peak():
 def in_lora_nb(e):
     "Was it raised by a line of lora_nb?"
     frames = traceback.extract_tb(e.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT/'lora_nb')
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 
 
 def contents(folder): return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob('*')}

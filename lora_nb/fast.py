@@ -203,11 +203,10 @@ class Layout:
     lengths:list  # own tokens of each sample
     at:Tensor     # (T,) where each token stands in input_ids.flatten()
     place:Tensor  # (T,) its place in its sample
-    keep:Tensor   # which of the T tokens predict a learned one
+    keep:Tensor   # which of the T tokens predict a learned one; perhaps followed by some that do not
     targets:Tensor # what they predict
-
-    @property
-    def longest(self): return self.shared+max(self.lengths)
+    longest:int   # tokens of the longest sample, the shared ones among them
+    width:int     # own tokens of each sample as the attention sees them
 
 def _pieces(batch):
     "(row, start, stop) of each sample in a batch; packed rows hold several."
@@ -226,11 +225,25 @@ def _shared_start(ids, pieces, most):
     same = (first==first[:1]).all(0).int()
     return int(same.cumprod(0).sum())
 
+def _size(n):
+    "n or a little more: one of eight sizes in each doubling."
+    step = 1<<max(0, (n-1).bit_length()-4)
+    return -(-n//step)*step
+
 _WORTH = 8 # tokens that a shared start must have to be worth its own attention
 
+def _filled(lengths, room, top):
+    "`lengths` with `room` tokens more in all, none longer than `top`: the shortest are filled up first."
+    out = list(lengths)
+    for level in range(min(out), top):
+        for i,l in enumerate(out):
+            if l==level and room: out[i],room = l+1,room-1
+    return out
+
 def layout(
-    batch:dict # input_ids, labels (batch, seq), perhaps position_ids that start at 0 with each sample
-)->Layout: # None where no token is learned
+    batch:dict,      # input_ids, labels (batch, seq), perhaps position_ids that start at 0 with each sample
+    alike:bool=False # lengthen it to one of few sizes
+)->Layout:           # None where no token is learned
     "Which tokens of a batch the loss depends on, in one row."
     ids,labels = batch['input_ids'].cpu(),batch['labels'].cpu()
     learned = F.pad(labels[:, 1:]!=-100, (0, 1))
@@ -241,15 +254,21 @@ def layout(
     if not pieces: return None
     P = _shared_start(ids, [p[:3] for p in pieces], min(p[3] for p in pieces))
     if P<_WORTH: P = 0
+    if alike: P -= P%_WORTH
     own = [(i, a+P, b) for i,a,b,_ in pieces]
+    lengths = [b-a for _,a,b in own]
     i,a = pieces[0][:2]
-    spans = [(i, a, a+P, 0)] + [(i, a, b, P) for i,a,b in own]
-    n = ids.shape[1]
-    at = torch.cat([torch.arange(i*n+a, i*n+b) for i,a,b,_ in spans])
-    place = torch.cat([torch.arange(p, p+b-a) for _,a,b,p in spans])
+    n,longest,total = ids.shape[1],max(lengths),P+sum(lengths)
+    width = _size(longest) if alike else longest
+    fill = _filled(lengths, _size(total)-total, width) if alike else lengths
+    spans = [(i, a, a+P, 0, P)] + [(i, a, b, P, f) for (i,a,b),f in zip(own, fill)]
+    at = torch.cat([F.pad(torch.arange(i*n+a, i*n+b), (0, f-b+a), value=i*n+n-1) for i,a,b,_,f in spans]) # no row's last token predicts
+    place = torch.cat([torch.arange(p, p+f) for *_,p,f in spans])
     keep = learned.flatten()[at].nonzero().flatten()
+    targets = labels.flatten()[at[keep]+1]
+    if alike: keep = F.pad(keep, (0, _size(len(keep))-len(keep)))
     device = batch['input_ids'].device
-    return Layout(P, [b-a for _,a,b in own], *(t.to(device) for t in (at, place, keep, labels.flatten()[at[keep]+1])))
+    return Layout(P, fill, *(t.to(device) for t in (at, place, keep, targets)), P+longest, width)
 
 # %% ../nbs/api/08b_fast.ipynb #1775334a
 class Rotary:
@@ -275,7 +294,7 @@ def _causal(rows, shared, device):
 class _Rows:
     "Samples of a `Layout` as a padded batch for the attention kernel, and back."
     def __init__(self, lay):
-        self.P,self.n,self.L = lay.shared,len(lay.lengths),max(lay.lengths)
+        self.P,self.n,self.L = lay.shared,len(lay.lengths),lay.width
         self.even = all(l==self.L for l in lay.lengths)
         starts,at = [],self.P
         for l in lay.lengths: starts.append(at); at += l
@@ -427,14 +446,17 @@ def _streamed(h, weight, targets, words, want):
         total = p.sum(-1, keepdim=True) if total is None else total.mul_(shrink).add_(p.sum(-1, keepdim=True))
         if want: gx = (p.to(c)@W).to(wide) if gx is None else gx.mul_(shrink).addmm_(p, W.to(wide)) if c is wide else gx.mul_(shrink).add_(p.to(c)@W)
         top = m
-    right = weight[targets].to(wide)
-    loss = (total.log()+top).sum(dtype=torch.float64)-torch.linalg.vecdot(h.to(wide), right).sum(dtype=torch.float64)
-    return loss,gx.div_(total).sub_(right).to(h.dtype) if want else None
+    n,right = len(targets),weight[targets].to(wide)
+    loss = (total.log()+top)[:n].sum(dtype=torch.float64)-torch.linalg.vecdot(h[:n].to(wide), right).sum(dtype=torch.float64)
+    if not want: return loss,None
+    gx.div_(total)[:n].sub_(right)
+    gx[n:] = 0
+    return loss,gx.to(h.dtype)
 
 def streamed_loss(
-    h:Tensor,      # (T, d) hidden states
+    h:Tensor,      # (T, d) hidden states; those beyond the targets do not count
     weight:Tensor, # (vocab, d)
-    targets:Tensor # (T,) token ids
+    targets:Tensor # (T or fewer,) token ids
 )->Tensor:         # () summed, fp32
     "Cross-entropy that never holds more than 4 MB of logits."
     rows = max(1, min(len(h), 1024))
@@ -527,12 +549,17 @@ def why_general(
     try: _plan(model, batch)
     except General as e: return str(e)
 
+def _compiles(model):
+    "Are its products made by kernels that are compiled, and kept, for each size?"
+    w = model.get_input_embeddings().weight
+    return w.device.type=='cpu' and compute_dtype(w) is torch.bfloat16
+
 def _plan(model, batch):
     blocks,norm = _blocks(model)
     if batch is None: return
     odd = set(batch)-{'input_ids', 'labels', 'position_ids'}
     _need(not odd, f'a batch with {", ".join(sorted(odd))}')
-    lay = layout(batch)
+    lay = layout(batch, _compiles(model))
     _need(lay, 'a batch without a learned token')
     narrow = min((b.window for b in blocks if b.window), default=None)
     _need(narrow is None or lay.longest<=narrow, f'a sample of {lay.longest} tokens, wider than the window of {narrow}' if narrow and lay else '')
@@ -603,7 +630,7 @@ def fast_scores(
     "`model_scores`, faster where `why_general(model, batch)` is None; elsewhere `model_scores` itself."
     try: h,t = _states(model, batch)
     except General: return model_scores(model, batch)
-    return hidden_scores(h, model.get_output_embeddings().weight, t)
+    return hidden_scores(h[:len(t)], model.get_output_embeddings().weight, t)
 
 # %% ../nbs/api/08b_fast.ipynb #79ee6d1c
 _ROWS = 8 # up to so many rows are multiplied with the codes themselves

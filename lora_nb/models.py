@@ -188,7 +188,7 @@ def read_gguf_tensor(
     width,rows = quant_shape_to_byte_shape(shape, kind)[-1],res.reshape(-1, shape[-1])
     with open(path, "rb") as f, _reading(f"{path}, a tensor of type {kind.name},"):
         f.seek(offset)
-        for some in np.array_split(rows, -(-rows.size//2**20)): some[:] = dequantize(np.fromfile(f, np.uint8, count=len(some)*width).reshape(len(some), width), kind)
+        for some in np.array_split(rows, -(-rows.size//2**18)): some[:] = dequantize(np.fromfile(f, np.uint8, count=len(some)*width)[None], kind).reshape(some.shape) # as one row: gguf goes by 16 rows at a time
     return res
 
 # %% ../nbs/api/06_models.ipynb #bd5eb9bd

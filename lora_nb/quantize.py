@@ -8,7 +8,6 @@ __all__ = ['BLOCKSIZES', 'NESTED_BLOCKSIZE', 'QuantConfig', 'NF4', 'FP4', 'INT4'
 
 # %% ../nbs/api/02_quantize.ipynb #8b3615b7
 import ctypes, json, math, mmap, sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
@@ -97,12 +96,6 @@ def _pack(x, book, out):
 
 _CHUNK = 2**18  # elements at a time: few enough for a processor's cache, enough that Python's share of the time is small
 
-def _alone():
-    "From now on torch's operations in this thread run on it alone. torch counts by OpenMP, where the number belongs to the calling thread."
-    torch.get_num_threads()  # torch sets its own number on first use
-    try: ctypes.CDLL(None).omp_set_num_threads(1)
-    except (AttributeError, OSError, TypeError): pass
-
 # %% ../nbs/api/02_quantize.ipynb #ac36213b
 def own_pages(
     shape,             # any
@@ -116,13 +109,9 @@ def own_pages(
 
 # %% ../nbs/api/02_quantize.ipynb #27e90331
 def _each_chunk(fn, n, device):
-    "fn(start, size) for the pieces of n elements: on a CPU in as many threads as torch may use, elsewhere in one."
-    size, workers, inference = _CHUNK if device.type == "cpu" else 2**26, torch.get_num_threads(), torch.is_inference_mode_enabled()
-    starts = range(0, n, size)
-    def work(i):
-        with torch.inference_mode(inference): fn(i, size)
-    if device.type != "cpu" or workers == 1 or n <= 2**15: return [fn(i, size) for i in starts]
-    with ThreadPoolExecutor(min(workers, len(starts)), initializer=_alone) as pool: list(pool.map(work, starts))
+    "fn(start, size) for the pieces of n elements."
+    size = _CHUNK if device.type == "cpu" else 2**26
+    for i in range(0, n, size): fn(i, size)
 
 def _quantize_torch(
     flat:torch.Tensor,  # (n,) contiguous, float32, bfloat16 or float16

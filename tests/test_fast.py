@@ -6,7 +6,7 @@ from torch import nn
 from conftest import counting, tiny_llama
 from lora_nb.adapter import activate, add_lora, by_row
 from lora_nb.data import Sample, collate, collate_packed
-from lora_nb.fast import Group, _few_rows, project, fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
+from lora_nb.fast import Group, _few_rows, _filled, _size, project, fast_decoding, fast_loss, fast_scores, layout, streamed_loss, why_general
 from lora_nb.linear4bit import Linear4bit
 from lora_nb.lora import LoRALinear
 from lora_nb.loss import model_loss, model_scores
@@ -66,9 +66,11 @@ def agree(model, adapter, batch, atol=1e-5, n=None):
     (loss, *counts), (want, *wanted) = fast_scores(model, batch), model_scores(model, batch)
     assert counts == wanted and loss == pytest.approx(want, rel=1e-4, abs=atol)
 
+@pytest.mark.parametrize('alike', [False, True], ids=['as_it_is', 'few_sizes'])
 @pytest.mark.parametrize('packed', [True, False], ids=['nf4', 'dense'])
 @pytest.mark.parametrize('family', FAST)
-def test_equals_the_general_path(family, packed):
+def test_equals_the_general_path(family, packed, alike, monkeypatch):
+    monkeypatch.setattr('lora_nb.fast._compiles', lambda model: alike)
     config, kwargs = FAST[family]
     model = tiny(config, packed, **kwargs)
     adapter = adapted(model)
@@ -267,11 +269,36 @@ def test_layout_computes_what_is_needed():
     assert layout(collate(learned)).shared == 0  # what is learned from is computed for each sample
     assert layout(collate([chats[0]])).shared == 0
 
+def test_a_batch_is_lengthened_to_one_of_few_sizes():
+    g = torch.Generator().manual_seed(0)
+    number = lambda a, b: int(torch.randint(a, b, (), generator=g))
+    seen = []
+    for _ in range(300):
+        start = [*range(1, number(2, 40))]
+        chats = [sample(start+[50+i]*n, range(len(start)+n//2, len(start)+n)) for i, n in enumerate(number(2, 90) for _ in range(number(1, 6)))]
+        batch = collate(chats)
+        lay, plain = layout(batch, alike=True), layout(batch)
+        k = len(lay.targets)
+        ids = batch['input_ids'].flatten()
+        assert sorted(lay.targets.tolist()) == sorted(plain.targets.tolist()) and len(lay.keep) == _size(k)
+        assert torch.equal(ids[lay.at[lay.keep[:k]]], ids[plain.at[plain.keep]]) and torch.equal(lay.place[lay.keep[:k]], plain.place[plain.keep])
+        assert lay.longest == plain.longest and max(lay.lengths) <= lay.width == _size(lay.longest-lay.shared)
+        assert len(lay.at) == lay.shared+sum(lay.lengths) in (_size(len(lay.at)), lay.shared+len(lay.lengths)*lay.width)
+        seen.append((len(plain.at)+plain.shared*(len(chats)-1), len(lay.at)))
+    assert len({b for _, b in seen}) < len({a for a, _ in seen})/2
+
+def test_sizes_and_what_fills_them():
+    sizes = [_size(n) for n in range(1, 5000)]
+    assert all(n <= s <= n*9/8+1 for n, s in enumerate(sizes, 1)) and all(_size(s) == s for s in sizes)
+    assert len({s for s in sizes if 512 < s <= 1024}) == 8
+    assert _filled([2, 5, 3], 4, 8) == [5, 5, 4] and _filled([2, 5, 3], 0, 8) == [2, 5, 3] and _filled([7, 7], 9, 8) == [8, 8]
+
+@pytest.mark.parametrize('more', [0, 3])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-def test_streamed_loss(dtype):
+def test_streamed_loss(dtype, more):
     torch.manual_seed(0)
-    h, W, t = (torch.randn(9, 8, dtype=dtype)*20).requires_grad_(), torch.randn(3000, 8, dtype=dtype), torch.randint(0, 3000, (9,))
-    got, want = streamed_loss(h, W, t), nn.functional.cross_entropy(h@W.T, t, reduction='sum')
+    h, W, t = (torch.randn(9+more, 8, dtype=dtype)*20).requires_grad_(), torch.randn(3000, 8, dtype=dtype), torch.randint(0, 3000, (9,))
+    got, want = streamed_loss(h, W, t), nn.functional.cross_entropy(h[:9]@W.T, t, reduction='sum')
     assert torch.allclose(got, want, rtol=1e-5)
     assert torch.allclose(*(torch.autograd.grad(l, h)[0] for l in (got, want)), rtol=1e-4, atol=1e-5)
 

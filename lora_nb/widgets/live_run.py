@@ -429,13 +429,13 @@ def refresh(self:LiveRun, everything=False)->LiveRun:
             self._last_look()
             kinds |= {'spectrum','memory'}
         if everything or not self._next: kinds |= {'step','spectrum','memory','sample'}
-        if kinds & {'step','eval'}:
-            self._fill('loss', self._fill_losses, legend=LEGENDS['loss']|{f'{name} (dotted: training)':colour for name,colour in other_colours(self.others).items()})
+        if kinds & {'step','eval'}: self._fill('loss', self._fill_losses, legend=LEGENDS['loss']|{f'{name} (dotted: training)':colour for name,colour in other_colours(self.others).items()})
+        stale = self._stale_spectrum()
+        if stale or 'spectrum' in kinds: self._draw_spectrum()
+        if stale or 'memory' in kinds: self._fill('matrices', fill_matrices, self._seen)    # costs as much as all the rest: every two seconds, as memory is looked at
+        if 'memory' in kinds:
             self._fill('rates', fill_rates, self._some('step'))
-        if kinds & {'spectrum','look'} or self._stale_spectrum():
-            self._draw_spectrum()
-            self._fill('matrices', fill_matrices, self._seen)
-        if 'memory' in kinds: self._fill('memory', fill_memory, self._some('memory'), legend=memory_legend(self._some('memory')))
+            self._fill('memory', fill_memory, self._some('memory'), legend=memory_legend(self._some('memory')))
         if 'sample' in kinds: set_value(self._samples, samples_html(self._some('sample')))
         self._draw_state()
         now = time.monotonic()
@@ -579,7 +579,7 @@ LiveRun.close = close
 def figure(self:LiveRun, name:str)->go.Figure:
     "A copy of one picture: 'loss', 'rates', 'spectrum', 'matrices' or 'memory'."
     known(name, self.figures)
-    self.refresh()
+    self.refresh(everything=True)
     return go.Figure(self.figures[name])
 LiveRun.figure = figure
 

@@ -141,13 +141,14 @@ async function program(model) {
     await new Promise(done => setTimeout(done, 50));
   }
 }
-const orders = ["restyle", "relayout", "update", "addTraces", "deleteTraces", "moveTraces"].map(name => "_py2js_" + name);
+const orders = ["restyle", "relayout", "update", "addTraces", "deleteTraces", "moveTraces", "animate", "removeLayoutProps", "removeTraceProps"].map(name => "_py2js_" + name);
 
 export default () => {
   let figure, ready, added;
   return {
     initialize(context) {   // returns at once: anywidget waits two seconds and no longer
       const model = context.model, early = [];
+      for (const name of orders) model.on("change:" + name, () => queueMicrotask(() => model.set(name, null)));
       const record = orders.map(name => [name, () => { if (model.get(name) !== null) early.push([name, model.get(name)]); }]);
       for (const [name, note] of record) model.on("change:" + name, note);
       globalThis.loraNbPlotly ??= program(model);
@@ -178,6 +179,10 @@ export default () => {
         super().__init__(data, layout)
         self._config,self._whole = config or {},True
         self.open()
+
+    def notify_change(self, change):
+        "Plotly takes each order back at once, which is a message for every drawing; the page does that itself."
+        if change.new is not None or not change.name.startswith('_py2js_'): super().notify_change(change)
 
     def open(self):
         "Tell the page, once everything is there: plotly would send an empty figure first and its content after it."
