@@ -345,3 +345,14 @@ def test_a_card_is_drawn_beside_the_kinds(monkeypatch):
     assert lr.card_frame(events).loc[2.].to_dict()==dict(allocated=3*2**30, reserved=4*2**30, used=5*2**30, total=15*2**30)
     plain = [dict(kind='memory', time=1., bytes=kinds)]
     assert lr.fill_memory(fig, plain)=='2.5 GiB in all' and not len(fig.data[-1].x) and lr.card_frame(plain).empty and list(lr.memory_legend(plain))==list(reversed(lr.MEMORY))
+
+
+def test_a_costly_look_is_made_seldom(monkeypatch):
+    now = [100.]
+    monkeypatch.setattr(lr.time, 'monotonic', lambda: now[0])
+    def slow(run): now[0] += .01; return dict(kind='memory')
+    look, seen = lr.sparing(slow, share=1/50), []
+    for _ in range(200):
+        if look(None): seen.append(now[0])
+        now[0] += .1
+    assert np.allclose(np.diff(seen), .6, atol=.02) and len(seen) > 30     # .01 of every .5 and a bit

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'OTHERS', 'STATES', 'LIVE', 'LEGENDS', 'of_kind', 'loss_frame', 'rates_frame', 'smooth', 'time_left',
-           'matrices', 'spectrum_frame', 'memory_now', 'card_now', 'card_frame', 'memory_frame', 'sample_frame',
-           'other_colours', 'loss_picture', 'fill_loss', 'fill_others', 'rates_picture', 'fill_rates',
+           'matrices', 'spectrum_frame', 'memory_now', 'sparing', 'card_now', 'card_frame', 'memory_frame',
+           'sample_frame', 'other_colours', 'loss_picture', 'fill_loss', 'fill_others', 'rates_picture', 'fill_rates',
            'spectrum_picture', 'nearest', 'fill_spectrum', 'matrices_picture', 'fill_matrices', 'clear',
            'memory_picture', 'fill_memory', 'memory_legend', 'samples_html', 'asker', 'status_text', 'trouble_text',
            'run_names', 'still_html', 'LiveRun']
@@ -97,6 +97,21 @@ def memory_now(run)->dict:
     "What the run's process (or card) holds, bytes by kind; an event for the run's probe."
     kinds = held(run.model, adapter=run.adapter, optimizer=run.optimizer)
     return dict(kind='memory', bytes={k:int(v) for k,v in kinds.items()}) | card_now(next(run.model.parameters()).device)
+
+def sparing(
+    look,             # a probe
+    share:float=1/300 # of the run's time that it may take
+)->callable:          # a probe
+    "`look`, which pauses after each call until it was no more than `share` of the time."
+    due = 0.
+    def probe(run):
+        nonlocal due
+        start = time.monotonic()
+        if start<due: return None
+        seen,now = look(run),time.monotonic()
+        due = now+(now-start)/share
+        return seen
+    return probe
 
 def card_now(device)->dict: # {'card': …}; {} for the CPU
     "What PyTorch and the driver say of a GPU, as `gpu_memory` gives it."
@@ -206,9 +221,10 @@ def fill_matrices(fig, seen):
     "Put what `matrices` returned into `fig`; returns the lengths (Frobenius) in words."
     if not seen: return 'not seen yet'
     for trace,M in zip(fig.data, (seen['A'], seen['B'].T)):
-        z = shrink(M)
+        z,same = shrink(M),trace.meta==M.shape
         most = float(np.nanmax(np.abs(z), initial=0)) or 1.
-        trace.update(z=z, zmin=-most, zmax=most, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(np.int32), y=np.arange(1, len(z)+1, dtype=np.int32)) # plotly sends int64 as text
+        if not same: trace.update(meta=M.shape, x=np.linspace(0, M.shape[1], z.shape[1], endpoint=False).astype(np.int32), y=np.arange(1, len(z)+1, dtype=np.int32)) # plotly sends int64 as text
+        trace.z,trace.zmin,trace.zmax = z,-most,most
     return f"‖A‖ {np.linalg.norm(seen['A']):.3g} · ‖B‖ {np.linalg.norm(seen['B']):.3g}"
 
 # %% ../../nbs/api/12_widgets_live_run.ipynb #b6db4b5f
@@ -432,7 +448,7 @@ def refresh(self:LiveRun, everything=False)->LiveRun:
         if kinds & {'step','eval'}: self._fill('loss', self._fill_losses, legend=LEGENDS['loss']|{f'{name} (dotted: training)':colour for name,colour in other_colours(self.others).items()})
         stale = self._stale_spectrum()
         if stale or 'spectrum' in kinds: self._draw_spectrum()
-        if stale or 'memory' in kinds: self._fill('matrices', fill_matrices, self._seen)    # costs as much as all the rest: every two seconds, as memory is looked at
+        if stale or 'memory' in kinds: self._fill('matrices', fill_matrices, self._seen)    # costs as much as all the rest: as seldom as memory is looked at
         if 'memory' in kinds:
             self._fill('rates', fill_rates, self._some('step'))
             self._fill('memory', fill_memory, self._some('memory'), legend=memory_legend(self._some('memory')))
@@ -500,7 +516,7 @@ def _watch(self:LiveRun):
     "Start the probes when somebody watches, cancel them when nobody does."
     wanted = self.run.state in LIVE and self.watched() and self.run.adapter is not None
     if wanted and not self._cancels:
-        self._cancels = [self.run.probe(self._look, self.every), self.run.probe(memory_now, max(2., self.every))]
+        self._cancels = [self.run.probe(self._look, self.every), self.run.probe(sparing(memory_now), max(2., self.every))]
         if self.questions:
             from lora_nb.models import ask
             self._cancels.append(self.run.probe(asker(self.questions, ask), self.ask_every))
