@@ -5,7 +5,7 @@
 SmolLM2-135M, NF4 with double quantisation, r=16 on all linear layers, AdamW. Each side lives in a fresh process of its own and
 waits while the other works; the sides take turns within a round, so that a slow moment of the machine meets both. A ratio is ours
 over theirs within one round (tokens/s: above 1 means that we are faster); min, median and max are over the rounds. Peak memory is
-what a fresh process holds beyond its imports, from loading to the last step. `--agree 50` compares the losses of 50 steps.
+what a fresh process holds beyond its imports, from loading to the last step. Both sides read model and tokenizer from one folder. `--agree 50` compares the losses of 50 steps.
 `--beside trl` takes the loss of TRL's SFTTrainer, which computes accuracy and entropy beside it, over the same peft model.
 
     all         4 × 256 tokens of prose, every token labelled
@@ -90,7 +90,7 @@ def ours(setting, dtype, device, folder):
     from lora_nb.fast import fast_loss
     from lora_nb.models import load_model
     from lora_nb.quantize import NF4
-    model,_ = load_model('smollm2', quant=None if setting=='dense' else NF4(double=True), dtype=dtype, device=device)
+    model,_ = load_model(folder, quant=None if setting=='dense' else NF4(double=True), dtype=dtype, device=device)
     adapter = add_lora(model, r=16, alpha=32, targets='all-linear')
     for path,layer in adapter.layers.items(): start_A(path, layer.A['default'])
     if setting=='checkpoint': model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -108,7 +108,8 @@ def general(setting, dtype, device, folder):
 
 def peft_model(setting, dtype, device, folder):
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    AutoTokenizer.from_pretrained(folder) # load_model brings one along
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=None if setting=='dense' else nf4, device_map={'': device})
     if setting=='checkpoint':
