@@ -333,6 +333,14 @@ def _attention(q, k, v, mask, scale):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0., mask is None, attn_mask=_additive(mask, q), scale=scale)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale),None
 
+@cache
+def _has_amx(): return torch.cpu._is_amx_tile_supported()
+
+def _attention_dtype(x):
+    "As `compute_dtype`, but fp32 in place of bf16 on a CPU without AMX."
+    dtype = compute_dtype(x)
+    return torch.float32 if x.device.type=='cpu' and dtype is torch.bfloat16 and not _has_amx() else dtype
+
 def _additive(mask, q): return None if mask is None else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float('-inf'))
 
 def _attention_back(g, q, k, v, out, lse, mask, scale):
@@ -370,7 +378,7 @@ class Heads:
         return torch.cat([n.back(t, s) for n,t,s in zip(self.norms, qk.split((self.q, self.k), 1), g.split((self.q, self.k), 1))], 1)
     def ready(self, qkv):
         "q, k, v as the kernel reads them."
-        qk,v = self.split(qkv.to(compute_dtype(qkv)))
+        qk,v = self.split(qkv.to(_attention_dtype(qkv)))
         qk = self.rotary.turn(self.normed(qk))
         return *qk.split((self.q, self.k), 1),v
 
@@ -573,7 +581,7 @@ def _hidden(model, ids, blocks, lay):
     rows,place,turn = _Rows(lay),lay.place[None],{}
     light = base.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for b in blocks:
-        if b.kind not in turn: turn[b.kind] = Rotary(*(t[0].to(compute_dtype(h)) for t in base.rotary_emb(h[None], place, *[b.kind]*(b.kind is not None))))
+        if b.kind not in turn: turn[b.kind] = Rotary(*(t[0].to(_attention_dtype(h)) for t in base.rotary_emb(h[None], place, *[b.kind]*(b.kind is not None))))
         h = _walk(h, b, rows, turn[b.kind], light, lay.keep if b is blocks[-1] else None)
     return h
 
