@@ -7,10 +7,11 @@ and out of view for as many, so that a slow moment of the machine meets both; a 
 of a step in view over that of one out of view, in one pair of blocks. Out of view a LiveRun neither looks at the adapter nor draws.
 There is no browser here: its work is done by another process, which shares this machine's cores with the run.
 """
-import argparse, json, statistics
+import argparse, json, os, statistics
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
+from qlora_step import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,5 +60,5 @@ if __name__=='__main__':
     ratios = sorted(on/off for on,off in zip(took[::2], took[1::2]))
     seconds = [b[-1]-b[0] for b in got['blocks'][1::2]]
     seen = sum(any(b[0]<=t<=b[-1] for b in got['blocks'][1::2]) for t in got['spectra'])
-    print(f"{len(ratios)} pairs; a step takes {statistics.median(took[1::2]):.3f} s; in view {len([b for b in got['drawn'] if b%2])/sum(seconds):.1f} refreshes/s, {seen/sum(seconds):.1f} spectra/s")
+    print(f"{cpu_name()}, {os.cpu_count()} cores; {len(ratios)} pairs; a step takes {statistics.median(took[1::2]):.3f} s; in view {len([b for b in got['drawn'] if b%2])/sum(seconds):.1f} refreshes/s, {seen/sum(seconds):.1f} spectra/s")
     print(f"in view over out of view: min {ratios[0]:.3f}, quartiles {ratios[len(ratios)//4]:.3f} {ratios[3*len(ratios)//4]:.3f}, median {statistics.median(ratios):.3f}, max {ratios[-1]:.3f}")

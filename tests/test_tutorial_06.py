@@ -85,7 +85,7 @@ def test_seconds_are_what_is_said_of_them(result, nb):
 def test_each_idea_shows_in_its_own_kind(result, nb):
     said, (p, c) = prose(nb), (result['kinds'][b] for b in ('prose', 'chats'))
     assert f"The loss took {share(p['transformers'], 'loss')} of the prose step, and {share(p['model_loss'], 'loss')} once" in said
-    assert f"it was {share(c['transformers'], 'loss')} before" in said and p['model_loss']['loss'] < .2*p['transformers']['loss']
+    assert f"it was {share(c['transformers'], 'loss')} before" in said and p['model_loss']['loss'] < .4*p['transformers']['loss']
     for k in (p, c):
         assert k['fast_loss']['elementwise'] < .65*k['transformers']['elementwise'] and k['fast_loss']['matrix products'] < .95*k['model_loss']['matrix products']
         more = total(k['fast_loss, light'])-total(k['fast_loss'])
@@ -98,7 +98,7 @@ def test_what_stands_in_the_way(result, nb):
     assert f"{total(p)/p['matrix products']:.1f} and {total(c)/c['matrix products']:.1f} times as fast" in said
     assert .9 < p['matrix products']/result['floor']['prose'] < 1.25 and f"costs {share(p, '4 bits to floats')} on prose and {share(c, '4 bits to floats')} on chats" in said
     p16, c16 = (result['sixteen'][b] for b in ('prose', 'chats'))
-    assert p16['kinds']['matrix products'] < .6*p['matrix products'] and p16['kinds']['attention'] > p['attention'] and p16['seconds'] < .75*result['seconds']['prose']['fast_loss']
+    assert p16['kinds']['matrix products'] < .6*p['matrix products'] and p16['kinds']['attention'] > .8*p['attention'] and p16['seconds'] < .75*result['seconds']['prose']['fast_loss']
     assert f"{p16['seconds']:.2f} s in place of {result['seconds']['prose']['fast_loss']:.2f}" in said and f"attention takes {share(p16['kinds'], 'attention')}" in said
     assert share(p, 'rest') in said and share(c, 'rest') in said and share(c16['kinds'], 'rest') in said and abs(p16['loss']-result['losses']['prose']['fast_loss']) < .01
     assert result['rate16'] > 1.5*result['rate'] and re.search(r'bare products: \d+ billion operations', printed(nb))
