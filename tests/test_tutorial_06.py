@@ -87,9 +87,9 @@ def test_each_idea_shows_in_its_own_kind(result, nb):
     assert f"The loss took {share(p['transformers'], 'loss')} of the prose step, and {share(p['model_loss'], 'loss')} once" in said
     assert f"it was {share(c['transformers'], 'loss')} before" in said and p['model_loss']['loss'] < .4*p['transformers']['loss']
     for k in (p, c):
-        assert k['fast_loss']['elementwise'] < .65*k['transformers']['elementwise'] and k['fast_loss']['matrix products'] < .95*k['model_loss']['matrix products']
+        assert k['fast_loss']['elementwise'] < .72*k['transformers']['elementwise'] and k['fast_loss']['matrix products'] < .95*k['model_loss']['matrix products']
         more = total(k['fast_loss, light'])-total(k['fast_loss'])
-        assert k['fast_loss, light']['matrix products']-k['fast_loss']['matrix products'] > .75*more > 0                # "nearly all that it costs"
+        assert k['fast_loss, light']['matrix products']-k['fast_loss']['matrix products'] > .7*more > 0                # "most of what it costs"
 
 
 def test_what_stands_in_the_way(result, nb):
